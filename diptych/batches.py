@@ -1,0 +1,157 @@
+"""The contract between the data plane and the training plane: what a batch holds, and what a task asks for.
+
+`datasets` makes batches and knows no model; `trainers` consumes them and knows no shard. They meet here: `FIELDS`
+names every key that a batch may carry with its dtype and shape, the `TypedDict`s below group the keys by kind of data,
+and a task states its `Needs`. No torch, no Ray: the same module serves the command line, the readers and the loop.
+
+Shape legend: B samples of one worker's share, H and W pixels, L tokens, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a batch. `shape` starts with `B`; letters are free sizes, integers are fixed."""
+
+    dtype: str
+    shape: tuple[str | int, ...]
+    doc: str
+
+
+FIELDS: dict[str, Field] = {
+    "slot": Field("int64", ("B",), "position in the run's stream; -1 on padding"),
+    "row": Field("int64", ("B",), "manifest row of the sample that fills the slot (a substitute's, if it was bad); -1 on padding"),
+    "weight": Field("float32", ("B",), "1 for a sample, 0 for padding"),
+    "image": Field("uint8", ("B", "H", "W", 3), "sRGB pixels"),
+    "tokens": Field("int64", ("B", "L"), "token ids, padded with the tokenizer's pad id"),
+    "token_mask": Field("bool", ("B", "L"), "True where `tokens` is text (start and end tokens included), not padding"),
+    "image_embedding": Field("float32", ("B", "D"), "embedding of the image, joined by key"),
+    "text_embedding": Field("float32", ("B", "D"), "embedding of the caption, joined by key"),
+}
+
+
+class Slots(TypedDict):
+    """What every batch carries."""
+
+    slot: Any
+    row: Any
+    weight: Any
+
+
+class TextBatch(Slots):
+    """Captions or prompts alone (gpt2)."""
+
+    tokens: Any
+    token_mask: Any
+
+
+class ImageTextBatch(TextBatch):
+    """Images with their captions (coca, stable_diffusion)."""
+
+    image: Any
+
+
+class EmbeddingPairBatch(Slots):
+    """Precomputed embeddings of both modalities (dalle2_prior)."""
+
+    image_embedding: Any
+    text_embedding: Any
+
+
+class ImageTargetBatch(Slots):
+    """Images with the embedding of their caption as the target (clip_vit)."""
+
+    image: Any
+    text_embedding: Any
+
+
+class ImageEmbeddingBatch(Slots):
+    """Images with their own embedding as the condition (dalle2_decoder)."""
+
+    image: Any
+    image_embedding: Any
+
+
+@dataclass(frozen=True)
+class ImageNeed:
+    """Decoded pixels at one size.
+
+    Augmentation is a function of (seed, slot) alone, so that every worker and every attempt sees the same pixels.
+    """
+
+    size: int
+    """Side of the square image, in pixels."""
+    resize: Literal["center_crop", "random_crop", "pad", "squash"] = "center_crop"
+    """`center_crop` and `random_crop` fit the shorter side, `pad` the longer one (white border), `squash` distorts."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    min_scale: float = 1.0
+    """Smallest share of the area that `random_crop` keeps (1 = only the position is random)."""
+
+
+@dataclass(frozen=True)
+class TokenNeed:
+    """Token ids of the caption."""
+
+    tokenizer: str
+    """`open_clip` (its BPE of 49,408), a hub name, or a folder with a Hugging Face tokenizer."""
+    length: int
+    """Tokens per row; longer texts are cut, and the last token kept is then the end token."""
+
+
+@dataclass(frozen=True)
+class EmbeddingNeed:
+    """One precomputed vector per sample, joined by key."""
+
+    dim: int | None
+    """Expected dimension; None takes what the data has."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task needs of every sample. Only the members behind these are read."""
+
+    image: ImageNeed | None = None
+    tokens: TokenNeed | None = None
+    image_embedding: EmbeddingNeed | None = None
+    text_embedding: EmbeddingNeed | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the batch, in the order of `FIELDS`."""
+        wanted = {"slot", "row", "weight"}
+        wanted |= {"image"} if self.image else set()
+        wanted |= {"tokens", "token_mask"} if self.tokens else set()
+        wanted |= {"image_embedding"} if self.image_embedding else set()
+        wanted |= {"text_embedding"} if self.text_embedding else set()
+        return tuple(key for key in FIELDS if key in wanted)
+
+
+def check_batch(batch: Mapping[str, np.ndarray], needs: Needs) -> None:
+    """Raise `ValueError` unless `batch` has exactly the keys, dtypes and shapes that `needs` and `FIELDS` state.
+
+    Arrays may be NumPy arrays; the free sizes (B, H, W, L, D) must agree between keys.
+    """
+    if set(batch) != set(needs.keys):
+        raise ValueError(f"batch has keys {sorted(batch)}, the task needs {sorted(needs.keys)}")
+    sizes: dict[str, int] = {}
+    if needs.image:
+        sizes |= {"H": needs.image.size, "W": needs.image.size}
+    if needs.tokens:
+        sizes["L"] = needs.tokens.length
+    for key in needs.keys:
+        field, array = FIELDS[key], batch[key]
+        if str(array.dtype) != field.dtype or array.ndim != len(field.shape):
+            raise ValueError(f"{key}: got {array.dtype} {list(array.shape)}, expected {field.dtype} {list(field.shape)}")
+        for letter, size in zip(field.shape, array.shape, strict=True):
+            # D is not shared: image and text embeddings may differ.
+            expected = letter if isinstance(letter, int) else size if letter == "D" else sizes.setdefault(letter, size)
+            if expected != size:
+                raise ValueError(f"{key}: got {list(array.shape)}, expected {letter} = {expected}")

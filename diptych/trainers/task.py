@@ -1,0 +1,150 @@
+"""What a task is: an `nn.Module` that turns a batch into weighted loss terms, validates, generates and exports.
+
+The loop knows no model. It needs of a task only what this base class names, and it never averages means: a term is a
+sum over the worker's rows with the weight (tokens, samples) that it is to be divided by once all workers' weights are
+known. A contrastive task also returns features; the loop gathers them over workers and micro-batches, so that the
+loss sees the whole global batch however it was split.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diptych.batches import Needs
+from diptych.config import TaskConfig
+
+Batch = dict[str, Tensor]
+"""Keys, dtypes and shapes as `batches.FIELDS` says, as tensors on the worker's device, plus the task's own draws."""
+
+
+class Term(NamedTuple):
+    """A quantity summed over this worker's rows, and what to divide the sum over all workers by."""
+
+    sum: Tensor
+    weight: Tensor
+
+
+@dataclass
+class Output:
+    """What `Task.forward` returns for one micro-batch."""
+
+    terms: dict[str, Term]
+    """Loss terms; the loss is the sum over terms of `coefficient * sum / weight`, both taken over the global batch."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """`[B, D]` features (and `[]` scalars, e.g. a learned temperature) that `Task.contrast` compares globally."""
+    report: dict[str, Term] = field(default_factory=dict)
+    """Figures to log that carry no gradient (accuracy, …)."""
+
+
+@dataclass
+class Validation:
+    """What `Task.validate` returns for one batch."""
+
+    terms: dict[str, Term] = field(default_factory=dict)
+    """Summed over batches and workers, then divided: `val/<name>`."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """`[B, …]` per-sample tensors, gathered from all workers in slot order for `Task.summarise`."""
+
+
+class Task(nn.Module, abc.ABC):
+    """Base of every task. A subclass lives in `trainers/tasks/<name>.py`, is found by that name and needs no registry."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        """Build the model from `config` (weights from a folder, a hub name, or fresh). `seed` keys the counted draws."""
+        super().__init__()
+        self.config = config
+        self.seed = seed
+
+    @property
+    def needs(self) -> Needs:
+        """The batch that `forward` takes."""
+        return self.config.needs()
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Weight of each loss term in the loss; terms left out count 1."""
+        return {}
+
+    def draws(self, batch: Batch) -> Batch:
+        """Random inputs (noise, timesteps, condition masks) of each row, from (seed, slot) alone."""
+        return {}
+
+    @abc.abstractmethod
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Weight of every loss term for this batch, without a forward pass: the loop sums these before it scales."""
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> Output:
+        """Loss terms of one micro-batch that already holds `draws`."""
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """`Output.features` alone, for the gathering pass of an accumulated step; empty unless the task contrasts."""
+        return {}
+
+    def contrast(self, features: dict[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Term]:
+        """Loss terms of the rows `rows` of the global batch against all of it.
+
+        `features` holds `[N, D]` tensors of the whole global batch (and scalars), `weight` is `[N]` with zeros on padding.
+        """
+        return {}
+
+    def after_step(self) -> None:
+        """Called after each optimizer step, under `no_grad` (clamp a temperature, …)."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the trainable parameters; gains, biases and scalars are not decayed."""
+        decay, plain = [], []
+        for _, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (decay if parameter.ndim >= 2 else plain).append(parameter)
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def set_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass. Tasks that cannot must say so with a `ValueError`."""
+        raise ValueError(f"train.gradient_checkpointing: {self.name} has no gradient checkpointing; set it to false")
+
+    def validate(self, batch: Batch) -> Validation:
+        """Figures of one validation batch, under `no_grad` and `eval()`; by default the loss terms of `forward`."""
+        output = self(batch)
+        terms = dict(output.terms) | output.report
+        if output.features:
+            rows = slice(0, batch["weight"].shape[0])
+            terms |= self.contrast(output.features, batch["weight"], rows)
+        return Validation(terms=terms)
+
+    def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics of the gathered `Validation.rows` of the whole validation set (retrieval, mean cosine, …)."""
+        return {}
+
+    @abc.abstractmethod
+    def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        """A small random batch that satisfies `needs`, for tests, warm-up and profiles."""
+
+    @abc.abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the model in the layout that its own ecosystem loads."""
+
+
+def synthetic_rows(batch_size: int) -> Batch:
+    """The keys of `batches.Slots` for an `example_batch`: slots 0…B−1, all of weight one."""
+    slots = torch.arange(batch_size)
+    return {"slot": slots, "row": slots.clone(), "weight": torch.ones(batch_size)}
+
+
+def iterate_micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """Cut `batch` into `count` equal micro-batches along B (the stream pads B to a multiple of `count`)."""
+    size = batch["weight"].shape[0]
+    assert size % count == 0, (size, count)
+    step = size // count
+    for start in range(0, size, step):
+        yield {key: value[start : start + step] for key, value in batch.items()}
