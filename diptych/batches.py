@@ -10,7 +10,7 @@ Shape legend: B samples of one worker's share, H and W pixels, L tokens, D embed
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -35,6 +35,34 @@ FIELDS: dict[str, Field] = {
     "image_embedding": Field("float32", ("B", "D"), "embedding of the image, joined by key"),
     "text_embedding": Field("float32", ("B", "D"), "embedding of the caption, joined by key"),
 }
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One bad sample or damaged place: a line of the ledger, and of what `index` prints."""
+
+    shard: str
+    """Name of the tar, relative to the folder of the shards."""
+    key: str
+    """Key of the sample, whole; where the header itself is unreadable, the last readable key before it."""
+    kind: str
+    """Stable short name such as `undecodable_image`; programs select on it."""
+    detail: str
+    """What exactly was found, for people."""
+    slot: int = -1
+    """Slot of the stream in which it was met; -1 outside a run."""
+
+
+@dataclass
+class StepBatch:
+    """One worker's share of one step, as the stream hands it to the loop."""
+
+    step: int
+    """Optimizer step that the share belongs to."""
+    arrays: dict[str, np.ndarray]
+    """Keys of `Needs.keys`; B = ceil(global_batch_size / workers), padded to a multiple of the micro-batches."""
+    faults: list[Fault] = field(default_factory=list)
+    """Bad samples met in this share; their slots hold substitutes."""
 
 
 class Slots(TypedDict):
