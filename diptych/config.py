@@ -195,6 +195,8 @@ class ClusterConfig(Config):
     """Logical CPUs for reading and decoding, over all workers."""
     logical_cpus: int = pydantic.Field(0, ge=0)
     """Logical CPUs that a local Ray declares; 0 = what the run needs, which may be more than the machine has."""
+    autoscaling: bool = False
+    """The cluster grows to what is asked for: wait for nodes instead of refusing."""
     max_failures: int = pydantic.Field(3, ge=0)
     """Times that a lost worker or node is replaced before the run fails."""
     storage: str = ""

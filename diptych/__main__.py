@@ -1,0 +1,5 @@
+"""`python -m diptych VERB …`."""
+
+from diptych.cli import main
+
+main()

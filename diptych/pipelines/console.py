@@ -1,0 +1,91 @@
+"""What people and programs see: notes on standard error, one JSON object on standard output, and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, soft_wrap=True)
+"""For people. `NO_COLOR` and pipes are honoured by rich."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_CALL = 0, 1, 2
+
+
+def note(text: str) -> None:
+    """One line for people."""
+    console.print(escape(text), highlight=False)
+
+
+def guard(action: Callable[[], Any]) -> int:
+    """Run `action` and turn its end into an exit status, with one clear message per kind of failure."""
+    from diptych.config import ConfigError
+
+    try:
+        action()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_FAILED
+    except ConfigError as error:
+        console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False)
+        return EXIT_WRONG_CALL
+    except KeyboardInterrupt:
+        note("interrupted")
+        return 130
+    except Exception as error:
+        if os.environ.get("DIPTYCH_TRACEBACK", "") or not isinstance(error, ValueError):
+            traceback.print_exc()
+        console.print(f"[bold red]failed[/]: {escape(str(error))}", highlight=False)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def finish(result: dict[str, Any], as_json: bool, failed: bool = False) -> None:
+    """End a verb: print `result` as the last line of standard output if asked, and exit with the status."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+        sys.stdout.flush()
+    raise SystemExit(EXIT_FAILED if failed else EXIT_DONE)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A table for people."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*[escape(str(cell)) for cell in row])
+    console.print(table)
+
+
+def show_faults(faults: list[dict[str, Any]], limit: int = 50) -> None:
+    """The first `limit` faults as a table, and how many more there are."""
+    if faults:
+        rows = [[fault["shard"], fault["key"], fault["kind"], fault["detail"]] for fault in faults[:limit]]
+        show_table(f"{len(faults)} faults", ["shard", "key", "kind", "detail"], rows)
+        if len(faults) > limit:
+            note(f"… and {len(faults) - limit} more (use --json for all)")
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar that yields `advance(n)`; silent where standard error is not a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count=1: bar.advance(task, count)

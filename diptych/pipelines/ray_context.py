@@ -1,0 +1,126 @@
+"""Starting or joining Ray, and refusing beforehand what it could never schedule.
+
+Only `pipelines` starts Ray. A local Ray declares as many logical CPUs as the job needs, because Ray Train, Ray Data and
+Tune each hold some and a job that lacks one hangs without a word; the preflight bounds how far that may go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diptych.config import ConfigError, RunConfig
+
+_MEMORY_PER_WORKER_GB = 0.75
+"""Resident memory of a training worker with torch, Ray and a small model, measured on a CPU."""
+
+
+def required_cpus(config: RunConfig) -> float:
+    """Logical CPUs that a run holds: its workers and its readers."""
+    return config.workers * config.cluster.cpus_per_worker + config.cluster.data_cpus
+
+
+def joins_cluster(config: RunConfig) -> bool:
+    """Whether the run joins a Ray that somebody else started."""
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def preflight(config: RunConfig) -> None:
+    """Refuse, before any Ray starts, what a local Ray could never schedule; raises `ConfigError` with the arithmetic."""
+    if joins_cluster(config):
+        return
+    import psutil
+
+    cores = os.cpu_count() or 1
+    needed = required_cpus(config)
+    arithmetic = f"{config.workers} workers × {config.cluster.cpus_per_worker:g} + {config.cluster.data_cpus} for data = {needed:g} CPUs"
+    declared = config.cluster.logical_cpus
+    if declared and needed > declared:
+        raise ConfigError(
+            "cluster.logical_cpus", declared, f"at least {needed:g}: {arithmetic}", "Raise it, or lower workers or cluster.data_cpus."
+        )
+    most_workers = max(8, 4 * cores)
+    if config.workers > most_workers:
+        raise ConfigError(
+            "workers",
+            config.workers,
+            f"at most {most_workers} on this machine of {cores} cores ({arithmetic})",
+            "Lower workers, or join a cluster with cluster.address.",
+        )
+    memory_gb = psutil.virtual_memory().total / 1e9
+    if config.workers * _MEMORY_PER_WORKER_GB > memory_gb:
+        raise ConfigError(
+            "workers",
+            config.workers,
+            f"at most {int(memory_gb / _MEMORY_PER_WORKER_GB)}: {config.workers} × {_MEMORY_PER_WORKER_GB} GB exceed {memory_gb:.0f} GB",
+        )
+    if config.cluster.gpus_per_worker and config.workers * config.cluster.gpus_per_worker > (gpus := local_gpus()):
+        raise ConfigError(
+            "cluster.gpus_per_worker",
+            config.cluster.gpus_per_worker,
+            f"at most {gpus} GPUs here: {config.workers} workers × {config.cluster.gpus_per_worker:g}",
+            "Set cluster.gpus_per_worker=0 for a CPU run, or join a cluster with cluster.address.",
+        )
+
+
+def preflight_cluster(config: RunConfig) -> None:
+    """The same for a cluster that is already joined; with `cluster.autoscaling` it may grow to what is asked for."""
+    if config.cluster.autoscaling:
+        return
+    import ray
+
+    total = ray.cluster_resources()
+    for name, needed in (("CPU", required_cpus(config)), ("GPU", config.workers * config.cluster.gpus_per_worker)):
+        if needed > total.get(name, 0):
+            raise ConfigError(
+                "workers",
+                config.workers,
+                f"what the cluster can schedule: {needed:g} {name} needed, {total.get(name, 0):g} there",
+                "Lower workers or cluster.*_per_worker, add nodes, or set cluster.autoscaling=true where the cluster grows by itself.",
+            )
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves visible, without importing torch."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return len(visible) if visible is not None else NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+@contextmanager
+def ray_session(cpus: float, address: str = "", logical_cpus: int = 0) -> Iterator[Any]:
+    """Ray for the length of the block: the one already running in this process, a cluster's, or a local one.
+
+    Only a Ray that this call started is shut down at the end.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    # Local workers share this environment, so nothing need be shipped to them; a cluster's operator decides for themselves.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common: dict[str, Any] = {"log_to_driver": bool(os.environ.get("DIPTYCH_RAY_LOGS")), "logging_level": "ERROR"}
+    cluster = address or os.environ.get("RAY_ADDRESS", "")
+    if cluster:
+        ray.init(address=cluster, **common)
+    else:
+        count = logical_cpus or max(os.cpu_count() or 1, int(-(-cpus // 1)))
+        ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=_object_store_bytes(), **common)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _object_store_bytes() -> int:
+    """A bounded share of memory, and never more than /dev/shm holds (else Ray falls back to slow files)."""
+    import psutil
+
+    shared = psutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    wanted = min(int(psutil.virtual_memory().total * 0.2), 4 << 30)
+    return max(100 << 20, min(wanted, int(shared * 0.8) or wanted))

@@ -1,0 +1,246 @@
+"""MLflow: one run per logical run, made and ended by the driver, through retries and restarts.
+
+Workers know nothing of MLflow. Rank 0 appends metrics to the run folder; the driver follows those files and logs what a
+checkpoint has committed (or the end of the run has made final), so steps that are redone after a crash appear once, as
+redone. Since the files are the record and MLflow a copy, a lost tracking server delays the copy and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from diptych.config import ConfigError, RunConfig, dotted_keys
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+TAG_RUN_DIR = "diptych.run_dir"
+TAG_TASK = "diptych.task"
+TAG_DRIVER = "diptych.driver"
+TAG_DIGEST = "diptych.data_digest"
+_BATCH = 900
+"""Metrics per request; the server's limit is 1,000."""
+
+
+def tracking_uri(configured: str = "") -> str:
+    """The configured store, `MLFLOW_TRACKING_URI`, or SQLite in the working folder; `file:` stores are refused."""
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    if uri.startswith("file:") or "://" not in uri:
+        raise ConfigError("tracking.uri", uri, "sqlite:///PATH or a server's URL", "MLflow 3 refuses file stores; use sqlite:///mlflow.db")
+    return uri
+
+
+def client(uri: str) -> MlflowClient:
+    """A client that gives up on a lost server quickly: the caller tries again later."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The migrations of a new SQLite store are logged line by line; they are no news to the user.
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.client"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def without_credentials(url: str) -> str:
+    """`url` without user, password and query, fit for logs and stores."""
+    parts = urlsplit(url)
+    if not parts.scheme or not parts.netloc:
+        return url
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def driver_identity() -> str:
+    """host:pid:start time of this process; a recycled pid has another start time."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+
+
+def driver_is_gone(identity: str) -> bool:
+    """Whether the process behind `identity` ran on this host and is dead."""
+    import psutil
+
+    host, _, rest = identity.rpartition(":")[0].rpartition(":")[0], None, identity.rsplit(":", 2)[1:]
+    if host != socket.gethostname() or len(rest) != 2:
+        return False
+    try:
+        process = psutil.Process(int(rest[0]))
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - int(rest[1])) > 2
+    except (psutil.NoSuchProcess, ValueError):
+        return True
+
+
+def get_experiment(store: MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment `name`, made if missing; beside a SQLite store its artifacts stand in `mlartifacts`."""
+    found = store.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent.resolve() / "mlartifacts" / name).as_uri()
+    return str(store.create_experiment(name, artifact_location=location))
+
+
+class Tracker:
+    """The MLflow run of one logical run. Use as a context manager around the training."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None, facts: dict[str, Any], parent: str | None = None) -> None:
+        """Make the run, or reopen `run_id`. `facts` holds `digest`, `samples` and what else describes the data."""
+        self.uri = tracking_uri(config.tracking.uri)
+        self.store = client(self.uri)
+        self.run_dir = run_dir
+        self._logged: set[tuple[int, int]] = set()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._monitor: Any = None
+        self._system_metrics = config.tracking.system_metrics
+        tags = {TAG_DRIVER: driver_identity(), TAG_RUN_DIR: str(run_dir)}
+        if run_id is None:
+            experiment = get_experiment(self.store, config.tracking.experiment or f"diptych-{config.task.name}", self.uri)
+            tags |= {TAG_TASK: config.task.name, TAG_DIGEST: facts["digest"], "mlflow.source.name": f"diptych train {config.task.name}"}
+            tags |= {"mlflow.parentRunId": parent} if parent else {}
+            tags |= {"mlflow.source.git.commit": commit} if (commit := code_version()) else {}
+            self.run_id = self.store.create_run(experiment, tags=tags, run_name=run_dir.name).info.run_id
+            self._log_parameters(config)
+            self._log_input(config, facts)
+            self.store.log_text(self.run_id, config.to_json(), "config.json")
+        else:
+            self.run_id = run_id
+            self.store.update_run(run_id, status="RUNNING")
+            for key, value in tags.items():
+                self.store.set_tag(run_id, key, value)
+
+    def _log_parameters(self, config: RunConfig) -> None:
+        from mlflow.entities import Param
+
+        values = {key: without_credentials(str(value)) for key, value in dotted_keys(config).items()}
+        parameters = [Param(key, value[:6000]) for key, value in values.items()]
+        for start in range(0, len(parameters), 100):
+            self.store.log_batch(self.run_id, params=parameters[start : start + 100])
+
+    def _log_input(self, config: RunConfig, facts: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=Path(urlsplit(config.data.shards).path).name or "shards",
+            digest=facts["digest"][:36],  # MLflow's limit; the whole digest is in the profile
+            source_type="webdataset",
+            source=without_credentials(config.data.shards),
+            profile=json.dumps(facts, default=str),
+        )
+        self.store.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def __enter__(self) -> Tracker:
+        self._thread = threading.Thread(target=self._follow, name="mlflow-follow", daemon=True)
+        self._thread.start()
+        if self._system_metrics:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.ERROR)
+            self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+            self._monitor.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._monitor:
+            self._monitor.finish()
+        if self._thread:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(2.0):
+            try:
+                self.sync()
+            except Exception as error:  # A lost server must not stop training; the files keep what is missing.
+                logger.warning("MLflow does not answer (%s); metrics are kept in the run folder and sent later", error)
+                self._stop.wait(5.0)
+
+    def sync(self, final: bool = False) -> None:
+        """Log every committed line that MLflow does not have yet; with `final`, the uncommitted rest too."""
+        from diptych.trainers.checkpoint import read_metrics
+
+        new = [line for line in read_metrics(self.run_dir, committed=not final) if (line["attempt"], line["step"]) not in self._logged]
+        for batch in _batches(_metrics(new)):
+            self.store.log_batch(self.run_id, metrics=batch)
+        self._logged |= {(line["attempt"], line["step"]) for line in new}
+
+    def log_artifacts(self, folder: Path, target: str) -> None:
+        """Copy the files of `folder` to the run's artifacts under `target`, if there are any."""
+        if folder.is_dir() and any(folder.iterdir()):
+            self.store.log_artifacts(self.run_id, str(folder), target)
+
+    def end(self, status: str, patience_seconds: float = 120.0) -> None:
+        """Catch up and end the run as FINISHED, FAILED or KILLED, waiting a while for a server that is away."""
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                self.sync(final=True)
+                self.store.set_terminated(self.run_id, status)
+                return
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    logger.warning("MLflow is still away (%s); `diptych runs` sends the rest of %s later", error, self.run_dir)
+                    return
+                time.sleep(3.0)
+
+
+def _metrics(lines: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    from mlflow.entities import Metric
+
+    for line in lines:
+        for key, value in line["metrics"].items():
+            if isinstance(value, int | float):
+                yield Metric(key, float(value), int(line["time"] * 1000), int(line["step"]))
+
+
+def _batches(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
+    pending: list[Any] = []
+    for item in items:
+        pending.append(item)
+        if len(pending) == _BATCH:
+            yield pending
+            pending = []
+    if pending:
+        yield pending
+
+
+def code_version() -> str:
+    """Commit of the checkout that runs, or empty for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        answer = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip()
+
+
+def reconcile(uri: str) -> list[str]:
+    """End, as KILLED, every run of ours that MLflow calls RUNNING though its driver on this host is dead.
+
+    Returns the ids of the runs ended. Their metrics are caught up from the run folder first, where it still exists.
+    """
+    store = client(uri)
+    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+    ended = []
+    for run in store.search_runs(experiments, filter_string="attributes.status = 'RUNNING'") if experiments else []:
+        driver = run.data.tags.get(TAG_DRIVER, "")
+        if driver and driver_is_gone(driver):
+            store.set_terminated(run.info.run_id, "KILLED")
+            ended.append(run.info.run_id)
+    return ended
