@@ -54,6 +54,10 @@ class TaskConfig(Config, abc.ABC):
     def needs(self) -> Needs:
         """The batch that the task takes."""
 
+    def resolve(self, facts: dict[str, Any]) -> TaskConfig:
+        """This section with what follows from the data filled in (an embedding's dimension); by default unchanged."""
+        return self
+
     def check_data(self, facts: dict[str, Any]) -> None:
         """Refuse data that the task cannot use, before any Ray starts.
 

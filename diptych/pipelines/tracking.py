@@ -188,7 +188,7 @@ class Tracker:
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
-                self.sync(final=True)
+                self.sync(final=status == "FINISHED")
                 self.store.set_terminated(self.run_id, status)
                 return
             except Exception as error:
