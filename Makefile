@@ -1,0 +1,59 @@
+# Everything runs in .venv, made by uv from the pins in constraints.txt; nothing but Python 3.11+ and make is needed beforehand.
+# Commands are called as .venv/bin/…, never through `uv run`, which would make Ray rebuild the environment for each worker.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && { echo $$name; break; }; done)
+EXTRAS ?= cpu,dalle2,clip-retrieval,ingest,s3,optuna,studio,text-metrics,docs,dev
+UV_VERSION := 0.13.8
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo test test-all lint format bench docs clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .uv/bin/uv  ## Make or update the environment in .venv (EXTRAS=gpu,… chooses the extras)
+	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$(PYTHON)" .venv
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $(STAMP)
+
+.uv/bin/uv:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# The other targets make the environment if it is missing or if what it is made from has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory install
+
+demo: $(STAMP)  ## The main job end to end on generated data (8 minutes on 2 cores)
+	$(BIN)/diptych demo
+
+test: $(STAMP)  ## Unit and integration tests, without the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)  ## Every test, the slow ones too
+	$(PYTEST)
+
+lint: $(STAMP)  ## ruff, mypy, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Format and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## The figures that the README quotes, each beside its peer
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:  ## Remove caches and built files (not .venv, not runs)
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
