@@ -1,0 +1,136 @@
+"""CoCa: contrastive loss over the global batch and caption loss over its tokens, with open_clip's model.
+
+Losses equal open_clip's `CoCaLoss` on the whole global batch (Yu et al. 2022, arXiv:2205.01917; open_clip 3.3).
+Shape legend: B rows, N rows of the global batch, L tokens, D feature dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.recipes.coca import CocaConfig
+from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
+from diptych.trainers.retrieval import retrieval_metrics
+from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.vocabulary import load_vocabulary
+
+_LARGEST_LOGIT_SCALE = math.log(100)
+
+
+class CocaTask(Task):
+    """Image tower, text tower and caption decoder, trained by both losses."""
+
+    name: ClassVar[str] = "coca"
+    config: CocaConfig
+
+    def __init__(self, config: CocaConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.vocabulary = load_vocabulary(config.tokenizer)
+        self.built = build_coca(config, self.vocabulary, seed)
+        self.model = self.built.model
+        freeze_unused(self.model, config)
+        for name, values in (("mean", self.built.mean), ("std", self.built.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return {"contrastive": self.config.contrastive_weight, "caption": self.config.caption_weight}
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 `[B, H, W, 3]` → float32 `[B, 3, H, W]`, normalised as the weights expect."""
+        scaled = image.permute(0, 3, 1, 2).to(self.mean.dtype) / 255
+        return (scaled - self.mean) / self.std
+
+    def _caption_mask(self, batch: Batch) -> Tensor:
+        """`[B, L-1]`: 1 where the next token is to be predicted, 0 on padding tokens and padding rows."""
+        return (batch["tokens"][:, 1:] != self.vocabulary.pad) * batch["weight"][:, None]
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        weights = {}
+        if self.config.contrastive_weight:
+            weights["contrastive"] = batch["weight"].sum()
+        if self.config.caption_weight:
+            weights["caption"] = self._caption_mask(batch).sum()
+        return weights
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """Token ids; rows of padding get a first token, since attention over padding alone is undefined."""
+        empty = (batch["weight"] == 0)[:, None] & (torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device) == 0)
+        return torch.where(empty, self.vocabulary.start, batch["tokens"])
+
+    def _encode(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Features `[B, D]` for the contrast, image tokens and text states `[B, L, D]` for the decoder."""
+        image, image_tokens = self.model._encode_image(self.pixels(batch["image"]))
+        text, text_states = self.model._encode_text(self._tokens(batch))
+        features = {"image": image.float(), "text": text.float(), "logit_scale": self.model.logit_scale.exp()}
+        return features, image_tokens, text_states
+
+    def forward(self, batch: Batch) -> Output:
+        features, image_tokens, text_states = self._encode(batch)
+        output = Output(terms={}, features=features if self.config.contrastive_weight else {})
+        if self.config.caption_weight:
+            mask, labels = self._caption_mask(batch), batch["tokens"][:, 1:]
+            logits = self.model.text_decoder(image_tokens, text_states[:, :-1]).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+            output.terms["caption"] = Term((loss * mask).sum(), mask.sum())
+            right = (logits.detach().argmax(dim=-1) == labels) * mask
+            output.report["caption_accuracy"] = Term(right.sum(), mask.sum())
+        return output
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        return self._encode(batch)[0] if self.config.contrastive_weight else {}
+
+    def contrast(self, features: dict[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Term]:
+        """Cross-entropy of the right partner among the global batch, image to text and text to image, averaged."""
+        if not features:
+            return {}
+        image, text, present = features["image"], features["text"], weight > 0
+        targets = torch.arange(len(weight), device=weight.device)[rows]
+        losses = []
+        for queries, candidates in ((image, text), (text, image)):
+            logits = features["logit_scale"] * queries[rows] @ candidates.T
+            # A row of padding is nobody's negative; its own loss is cut off below.
+            own = targets[:, None] == torch.arange(len(weight), device=weight.device)
+            losses.append(F.cross_entropy(logits.masked_fill(~(present | own), -torch.inf), targets, reduction="none"))
+        loss = (losses[0] + losses[1]) / 2
+        return {"contrastive": Term((loss * weight[rows]).sum(), weight[rows].sum())}
+
+    def after_step(self) -> None:
+        self.model.logit_scale.clamp_(0, _LARGEST_LOGIT_SCALE)
+
+    def set_gradient_checkpointing(self) -> None:
+        self.model.set_grad_checkpointing(True)
+
+    def validate(self, batch: Batch) -> Validation:
+        """Loss terms, and the features that retrieval is measured on."""
+        validation = super().validate(batch)
+        features = self._encode(batch)[0]
+        validation.rows |= {"image": features["image"], "text": features["text"], "tokens": batch["tokens"]}
+        return validation
+
+    def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return retrieval_metrics(rows["image"], rows["text"], rows["tokens"])
+
+    def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        side, length = self.config.image_size, self.config.context_length
+        tokens = torch.full((batch_size, length), self.vocabulary.pad)
+        special = {self.vocabulary.pad, self.vocabulary.start, self.vocabulary.end}
+        words = torch.tensor([token for token in range(min(self.vocabulary.size, 1000)) if token not in special])
+        for row in range(batch_size):
+            count = int(torch.randint(1, length - 1, (), generator=generator))
+            tokens[row, 0], tokens[row, count + 1] = self.vocabulary.start, self.vocabulary.end
+            tokens[row, 1 : count + 1] = words[torch.randint(len(words), (count,), generator=generator)]
+        image = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
+        mask = tokens != self.vocabulary.pad
+        return synthetic_rows(batch_size) | {"image": image, "tokens": tokens, "token_mask": mask}
+
+    def export(self, folder: Path) -> None:
+        """Write the layout that `open_clip.create_model_and_transforms("local-dir:<folder>")` loads."""
+        export_coca(self.built, self.vocabulary, folder)
