@@ -51,6 +51,8 @@ class Validation:
     """Summed over batches and workers, then divided: `val/<name>`."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """`[B, …]` per-sample tensors, gathered from all workers in slot order for `Task.summarise`."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """As `Output.features`: gathered from all workers, so that `contrast` sees the whole validation batch."""
 
 
 class Task(nn.Module, abc.ABC):
@@ -80,14 +82,20 @@ class Task(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def weights(self, batch: Batch) -> dict[str, Tensor]:
-        """Weight of every loss term for this batch, without a forward pass: the loop sums these before it scales."""
+        """Weight of every loss term for this batch, those of `contrast` included, without a forward pass.
+
+        The loop sums these over workers and micro-batches before it scales any loss.
+        """
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Output:
         """Loss terms of one micro-batch that already holds `draws`."""
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
-        """`Output.features` alone, for the gathering pass of an accumulated step; empty unless the task contrasts."""
+        """`Output.features` alone, for the gathering pass of an accumulated step; empty unless the task contrasts.
+
+        Runs under `no_grad` from the same random state as `forward`, so it must draw layer dropout in the same order.
+        """
         return {}
 
     def contrast(self, features: dict[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Term]:
@@ -98,7 +106,15 @@ class Task(nn.Module, abc.ABC):
         return {}
 
     def after_step(self) -> None:
-        """Called after each optimizer step, under `no_grad` (clamp a temperature, …)."""
+        """Called after each optimizer step, under `no_grad` (clamp a temperature, …).
+
+        Changes parameters in place by their own methods (`parameter.clamp_`), not through `.data`.
+        """
+
+    @property
+    def flops_per_sample(self) -> float | None:
+        """Floating-point operations of forward and backward for one sample, if known; the loop then logs MFU."""
+        return None
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of the trainable parameters; gains, biases and scalars are not decayed."""
@@ -116,11 +132,7 @@ class Task(nn.Module, abc.ABC):
     def validate(self, batch: Batch) -> Validation:
         """Figures of one validation batch, under `no_grad` and `eval()`; by default the loss terms of `forward`."""
         output = self(batch)
-        terms = dict(output.terms) | output.report
-        if output.features:
-            rows = slice(0, batch["weight"].shape[0])
-            terms |= self.contrast(output.features, batch["weight"], rows)
-        return Validation(terms=terms)
+        return Validation(terms=output.terms | output.report, features=output.features)
 
     def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of the gathered `Validation.rows` of the whole validation set (retrieval, mean cosine, …)."""
