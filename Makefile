@@ -7,11 +7,12 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do $$name -c 'impor
 	2>/dev/null && { echo $$name; break; }; done)
 EXTRAS ?= cpu,dalle2,clip-retrieval,ingest,s3,optuna,studio,text-metrics,docs,dev
 UV_VERSION := 0.13.8
+comma := ,
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint format bench docs clean
+.PHONY: help install demo test test-all lint format bench docs pins clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +55,12 @@ bench: $(STAMP)  ## The figures that the README quotes, each beside its peer
 
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
 	$(BIN)/mkdocs build --strict --quiet
+
+pins: .uv/bin/uv  ## Renew constraints.txt after a change of dependencies (UPGRADE=--upgrade for newer versions)
+	@sed '/^#/!d' constraints.txt > .constraints.new
+	.uv/bin/uv pip compile --quiet --python-version 3.11.0 --no-annotate --no-header --no-emit-index-url $(UPGRADE) \
+		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --output-file constraints.txt pyproject.toml
+	@cat .constraints.new constraints.txt > .constraints.all && mv .constraints.all constraints.txt && rm .constraints.new
 
 clean:  ## Remove caches and built files (not .venv, not runs)
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
