@@ -1,0 +1,277 @@
+"""GPT-2 on prompts: the next token of every text, its end included, with no mean over padding.
+
+A micro-batch is rearranged before the model sees it (`task.batching`): cut to its longest prompt, computed in groups of
+like lengths, or packed. The order of the run is untouched, and so is the loss: it is a sum over label tokens, and every prompt
+attends to itself alone. The vocabulary projection is computed for label positions only, so padding costs nothing there.
+
+Shapes: B prompts, L tokens, R rows of T tokens after rearranging, N label tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diptych.config import ConfigError
+from diptych.recipes.gpt2 import GPT2Config
+from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+
+class Sheet(NamedTuple):
+    """Prompts laid out for one call of the model."""
+
+    tokens: Tensor
+    """int64 [R, T]"""
+    owner: Tensor
+    """int64 [R, T]: the row of the batch that a token belongs to, -1 on padding"""
+    positions: Tensor | None
+    """int64 [R, T] where prompts don't start at column 0, else None"""
+
+
+class GPT2Task(Task):
+    """transformers' `GPT2LMHeadModel`, fresh or pretrained, whole or with LoRA adapters."""
+
+    name: ClassVar[str] = "gpt2"
+    config: GPT2Config
+
+    def __init__(self, config: GPT2Config, seed: int) -> None:
+        """Raises `ConfigError` on a model that is not a GPT-2, or texts longer than its positions."""
+        super().__init__(config, seed)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model: Any = self._pretrained() if config.model else self._fresh()
+            if config.lora.rank:
+                self.model = _with_adapters(self.model, config)
+
+    @property
+    def gpt2(self) -> GPT2LMHeadModel:
+        """The model itself, inside peft's wrapper if there is one."""
+        return self.model.get_base_model() if self.config.lora.rank else self.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the data, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self.config.tokenizer or self.config.model)
+        return self._tokenizer
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Label tokens: every token of a sample but its first."""
+        return {"next_token": (_lengths(batch) - 1).clamp(min=0).sum().float()}
+
+    def forward(self, batch: Batch) -> Output:
+        """Cross-entropy of the label tokens; reports accuracy and the share of padding computed."""
+        nll, correct, _, cells = self._label_tokens(batch)
+        count = torch.tensor(float(len(nll)), device=nll.device)
+        filled = _lengths(batch).sum().float()
+        report = {"accuracy": Term(correct.sum().float(), count), "padding": Term(cells - filled, torch.full_like(filled, cells))}
+        return Output(terms={"next_token": Term(nll.sum(), count)}, report=report)
+
+    def validate(self, batch: Batch) -> Validation:
+        """Terms as in training, and per sample the summed loss and the label tokens."""
+        nll, correct, owner, _ = self._label_tokens(batch)
+        zeros = torch.zeros(batch["weight"].shape[0], device=nll.device)
+        count = torch.tensor(float(len(nll)), device=nll.device)
+        terms = {"next_token": Term(nll.sum(), count), "accuracy": Term(correct.sum().float(), count)}
+        rows = {"nll": zeros.index_add(0, owner, nll), "label_tokens": zeros.index_add(0, owner, torch.ones_like(nll))}
+        return Validation(terms=terms, rows=rows)
+
+    def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """Perplexity: exp of the mean loss of a token over all texts."""
+        mean = rows["nll"].detach().double().sum() / rows["label_tokens"].double().sum().clamp(min=1)
+        return {"perplexity": float(mean.exp())}
+
+    def set_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        self.gpt2.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        """Random tokens, prompts of unequal lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        length = self.config.length
+        tokens = torch.randint(0, self.gpt2.config.vocab_size, (batch_size, length), generator=generator)
+        lengths = torch.randint(2, length + 1, (batch_size, 1), generator=generator)
+        return synthetic_rows(batch_size) | {"tokens": tokens, "token_mask": torch.arange(length) < lengths}
+
+    def export(self, folder: Path) -> None:
+        """Write what `AutoModelForCausalLM` and `AutoTokenizer` load; adapters are merged into the weights."""
+        model = copy.deepcopy(self.model).cpu().float()
+        if self.config.lora.rank:
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        if not self.config.tokenizer.startswith("train:"):
+            self.tokenizer.save_pretrained(folder)
+
+    def _label_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Of every label token its loss [N], whether its argmax is right [N], its row [N]; and the cells computed."""
+        losses, hits, owners, cells = [], [], [], 0
+        for sheet in _lay_out(batch["tokens"], _lengths(batch), self.config):
+            hidden = self._hidden(sheet)
+            labelled = (sheet.owner[:, 1:] >= 0) & (sheet.owner[:, 1:] == sheet.owner[:, :-1])
+            logits = self.gpt2.lm_head(hidden[:, :-1][labelled]).float()
+            labels = sheet.tokens[:, 1:][labelled]
+            losses.append(functional.cross_entropy(logits, labels, reduction="none"))
+            hits.append(logits.detach().argmax(-1) == labels)
+            owners.append(sheet.owner[:, 1:][labelled])
+            cells += sheet.tokens.numel()
+        return torch.cat(losses), torch.cat(hits), torch.cat(owners), float(cells)
+
+    def _hidden(self, sheet: Sheet) -> Tensor:
+        """Last hidden states [R, T, D]. Padding stands behind the prompts, where causal attention never looks: no mask is needed."""
+        if sheet.positions is None:
+            return self.gpt2.transformer(input_ids=sheet.tokens, use_cache=False).last_hidden_state
+        causal = torch.ones(sheet.tokens.shape[1], sheet.tokens.shape[1], dtype=torch.bool, device=sheet.tokens.device).tril()
+        mask = ((sheet.owner[:, :, None] == sheet.owner[:, None, :]) & causal)[:, None]
+        return self.gpt2.transformer(
+            input_ids=sheet.tokens, position_ids=sheet.positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def _fresh(self) -> GPT2LMHeadModel:
+        from transformers import GPT2Config as ModelConfig
+        from transformers import GPT2LMHeadModel
+
+        sizes, dropout = self.config.architecture, self.config.dropout
+        if self.config.tokenizer.startswith("train:"):
+            # Not trained yet: as large as it may become, with the special ids of a trained one.
+            untrained = load_vocabulary(self.config.tokenizer)
+            vocabulary = untrained.size
+            special = {"bos_token_id": untrained.start, "eos_token_id": untrained.end, "pad_token_id": untrained.pad}
+        else:
+            vocabulary = len(self.tokenizer)
+            special = {key: getattr(self.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GPT2LMHeadModel(
+            ModelConfig(
+                vocab_size=vocabulary,
+                n_positions=sizes.positions,
+                n_embd=sizes.width,
+                n_layer=sizes.layers,
+                n_head=sizes.heads,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                resid_pdrop=dropout,
+                **special,
+            )
+        )
+
+    def _pretrained(self) -> GPT2LMHeadModel:
+        from transformers import GPT2LMHeadModel
+
+        model_config = _model_config(self.config)
+        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.config.dropout)
+        model, info = GPT2LMHeadModel.from_pretrained(self.config.model, dtype=torch.float32, output_loading_info=True, **dropout)
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if missing:
+            raise ConfigError("task.model", self.config.model, "all weights of a GPT-2", f"Missing there: {', '.join(missing[:3])}.")
+        if len(self.tokenizer) > model_config.vocab_size:
+            model.resize_token_embeddings(len(self.tokenizer))
+        return model
+
+
+def _model_config(config: GPT2Config) -> Any:
+    """The configuration of transformers for `task.model`, refused if it is not a GPT-2 or holds too few positions."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("task.model", config.model, "a hub name or a folder with config.json and weights", reason) from None
+    if found.model_type != "gpt2":
+        raise ConfigError("task.model", config.model, "a GPT-2", f"It is a {found.model_type}.")
+    if config.length > found.n_positions:
+        raise ConfigError(
+            "task.length", config.length, f"at most the model's positions = {found.n_positions}", "Longer prompts are cut to it."
+        )
+    return found
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("task.tokenizer", name, "a hub name or a folder with a Hugging Face tokenizer", reason) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("task.tokenizer", name, "a tokenizer with an end token (eos_token)", "Without one no text could end.")
+    return tokenizer
+
+
+def _with_adapters(model: GPT2LMHeadModel, config: GPT2Config) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    adapters = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, adapters)
+    except ValueError as error:
+        raise ConfigError("task.lora.targets", lora.targets, "layers of GPT-2: c_attn, c_proj, c_fc", str(error)) from None
+
+
+def _lengths(batch: Batch) -> Tensor:
+    """Tokens of each sample, int64 [B]; 0 on rows of weight zero."""
+    return batch["token_mask"].sum(1) * (batch["weight"] > 0)
+
+
+def _lay_out(tokens: Tensor, lengths: Tensor, config: GPT2Config) -> list[Sheet]:
+    """The prompts `tokens` [B, L] of `lengths` [B] as sheets with little padding."""
+    rows = lengths.tolist()
+    if config.batching == "pack":
+        return [_packed(tokens, rows)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    if config.batching == "trim" or len(order) < 2 * config.buckets:
+        return [_trimmed(tokens, lengths, torch.arange(len(rows)), max(rows))]
+    # Groups of like lengths: prompts sorted by length and cut into equal parts.
+    size = -(-len(order) // config.buckets)
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    return [_trimmed(tokens, lengths, torch.tensor(group), max(rows[row] for row in group)) for group in groups]
+
+
+def _trimmed(tokens: Tensor, lengths: Tensor, rows: Tensor, longest: int) -> Sheet:
+    rows = rows.to(tokens.device)
+    width = max(longest, 2)
+    kept = tokens[rows, :width]
+    inside = torch.arange(width, device=tokens.device) < lengths[rows, None]
+    return Sheet(kept, torch.where(inside, rows[:, None], -1), None)
+
+
+def _packed(tokens: Tensor, lengths: list[int]) -> Sheet:
+    """First fit decreasing: each prompt goes to the first row that still has room for it."""
+    width = max(*lengths, 2)
+    room: list[int] = []
+    place: dict[int, tuple[int, int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if lengths[row]:
+            target = next((index for index, free in enumerate(room) if free >= lengths[row]), len(room))
+            if target == len(room):
+                room.append(width)
+            place[row] = (target, width - room[target])
+            room[target] -= lengths[row]
+    shape = (max(len(room), 1), width)
+    owner, source = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    for row, (target, start) in place.items():
+        span = slice(start, start + lengths[row])
+        owner[target, span] = row
+        positions[target, span] = torch.arange(lengths[row])
+        source[target, span] = torch.arange(lengths[row]) + row * tokens.shape[1]
+    device = tokens.device
+    return Sheet(tokens.reshape(-1)[source.to(device)], owner.to(device), positions.to(device))
