@@ -1,0 +1,85 @@
+"""The run folder: where it lies, who drives it, and what of it an outside caller may read.
+
+```
+runs/<name>/
+  config.json          the resolved configuration; `train --config` takes it
+  driver.json          the process that drives the run, its MLflow run, its data's identity
+  attempts/ checkpoints/ metrics/ trace/ ledger/    written by the workers (trainers/checkpoint.py)
+  inputs/              selections, joins and tokenizer that the run was prepared with
+  evaluation/ export/  written by those verbs
+```
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from diptych.config import ConfigError, RunConfig
+from diptych.pipelines import tracking
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Folder of the run: `output`/`name`, or a new name from the task and the time."""
+    name = config.name or f"{config.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if "/" in name or name in (".", ".."):
+        raise ConfigError("name", name, "a folder name without '/'", "Use output= for the folder that holds the run.")
+    return Path(config.output).absolute() / name
+
+
+def find_run(run: str, output: str = "runs") -> Path:
+    """The folder of `run`: a path, or a name under `output`; `ConfigError` if it is no run."""
+    for candidate in (Path(run), Path(output) / run):
+        if (candidate / "config.json").is_file():
+            return candidate.absolute()
+    known = sorted(path.parent.name for path in Path(output).glob("*/config.json"))
+    raise ConfigError("RUN", run, f"a run folder, or one of {', '.join(known) or f'(none under {output})'}", "`diptych runs` lists them.")
+
+
+def read_driver(run_dir: Path) -> dict[str, Any]:
+    """What `write_driver` wrote, or an empty mapping."""
+    file = run_dir / "driver.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_driver(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Record the driver (`driver`), the MLflow run (`run_id`, `uri`), the status and the data's identity."""
+    temporary = run_dir / "driver.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=2))
+    temporary.replace(run_dir / "driver.json")
+
+
+def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+    """Make or reopen the run folder for this driver; returns what a former driver recorded.
+
+    Raises `ConfigError` if another driver is alive, if the run is finished, or if the configuration changes what may not
+    change within a run.
+    """
+    former = read_driver(run_dir)
+    if former:
+        if former["status"] == "running" and not tracking.driver_is_gone(former["driver"]) and former["driver"] != tracking.driver_identity():
+            raise ConfigError("name", run_dir.name, "a run that nobody drives", f"It is driven by {former['driver']}; stop that first.")
+        stored = RunConfig.from_json((run_dir / "config.json").read_text())
+        if former["status"] == "finished" and config.train.steps <= stored.train.steps:
+            raise ConfigError("name", run_dir.name, "an unfinished run or a new name", "Raise train.steps to continue a finished run.")
+        _check_unchanged(stored, config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return former
+
+
+_FIXED = ("task.", "data.shards", "data.keep", "data.validation_share", "data.split_seed", "data.shuffle", "train.global_batch_size", "seed")
+
+
+def _check_unchanged(stored: RunConfig, config: RunConfig) -> None:
+    """A run keeps its model, its data's order and its seed; workers, strategy, length and cadence may change."""
+    from diptych.config import dotted_keys
+
+    before, after = dotted_keys(stored), dotted_keys(config)
+    for key, value in after.items():
+        changed = key in before and before[key] != value
+        # The tokenizer and dimensions were resolved from the data when the run began, so the stored value is the later one.
+        derived = isinstance(value, str) and value.startswith("train:") or value is None
+        if changed and key.startswith(_FIXED) and not derived:
+            raise ConfigError(key, value, f"{before[key]!r}, as the run began", "Start a new run under another name to change it.")

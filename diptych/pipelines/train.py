@@ -1,0 +1,247 @@
+"""`diptych train`: prepare the data, start Ray Train, follow the run, end it in order.
+
+The driver prepares, tracks and ends; the workers (`session.py`) train. What is true of a run stands in its folder, written by
+the workers: a driver that dies loses nothing, and the same command resumes at the last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe
+from diptych.pipelines import ray_context, runs_folder, tracking
+from diptych.pipelines.console import console, finish, note, show_table
+from diptych.pipelines.prepare import Prepared, prepare
+
+
+def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
+    """Train, or resume the unfinished run of that name; returns `run_id, run_dir, step, samples, world_size, status, metrics`.
+
+    `status` is `finished`, `stopped` (asked to, or early stop) or `failed`. Raises `ConfigError` for what cannot start.
+    """
+    ray_context.preflight(config)
+    run_dir = runs_folder.run_folder(config)
+    former = runs_folder.claim(run_dir, config)
+    prepared = prepare(config, run_dir)
+    config = prepared.config
+    if former and former["digest"] != prepared.facts["digest"]:
+        raise ConfigError(
+            "data.shards", config.data.shards, f"the data that the run began with (digest {former['digest'][:12]})", "Use a new name."
+        )
+    (run_dir / "config.json").write_text(config.to_json())
+    (run_dir / "stop").unlink(missing_ok=True)
+    driver = {"driver": tracking.driver_identity(), "status": "running", "digest": prepared.facts["digest"], "facts": prepared.facts}
+    tracker = tracking.Tracker(config, run_dir, former.get("run_id"), prepared.facts, parent_run_id) if config.tracking.enabled else None
+    driver |= {"run_id": tracker.run_id if tracker else "", "uri": tracker.uri if tracker else ""}
+    runs_folder.write_driver(run_dir, driver)
+    status, result = "failed", {"status": "failed", "error": ""}
+    try:
+        result = _train(prepared, run_dir, tracker)
+        status = result["status"]
+    except KeyboardInterrupt:
+        status = "killed"
+        raise
+    finally:
+        runs_folder.write_driver(run_dir, driver | {"status": status})
+        _conclude(prepared, run_dir, tracker, status)
+    return {"run_id": driver["run_id"], "run_dir": str(run_dir)} | result
+
+
+def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None) -> dict[str, Any]:
+    from contextlib import nullcontext
+
+    config = prepared.config
+    cluster = config.cluster
+    with tracker or nullcontext(), ray_context.ray_session(ray_context.required_cpus(config), cluster.address, cluster.logical_cpus):
+        ray_context.preflight_cluster(config)
+        with _stopping(run_dir):
+            return _fit(prepared, run_dir)
+
+
+def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+    """Run Ray Train in a thread of its own, so that signals and the progress bar stay with us."""
+    outcome = run_dir / "result.json"
+    outcome.unlink(missing_ok=True)
+    errors: list[BaseException] = []
+    thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, errors), name="ray-train", daemon=True)
+    thread.start()
+    with _progress(run_dir, prepared.config) as show:
+        while thread.is_alive():
+            thread.join(0.5)
+            show()
+    if errors:
+        note(f"the run stands in {run_dir}; the same command with name={run_dir.name} resumes it")
+        return _failure(run_dir, prepared.config, errors[0])
+    return json.loads(outcome.read_text())
+
+
+def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) -> None:
+    # Relative paths in the configuration mean the driver's working folder, in the workers too.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from diptych.pipelines.session import train_worker
+
+    config, cluster = prepared.config, prepared.config.cluster
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    payload = {"config": config.to_json(), "run_dir": str(run_dir), "train": prepared.train, "validation": prepared.validation}
+    payload |= {"digest": prepared.facts["digest"]}
+    backend = "nccl" if cluster.gpus_per_worker else "gloo"
+    try:
+        TorchTrainer(
+            train_worker,
+            train_loop_config=payload,
+            torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
+            scaling_config=ScalingConfig(
+                num_workers=config.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            ),
+            # Our own checkpoints are the authority; a new name each time keeps Ray from restoring its snapshot of an earlier try.
+            run_config=RayRunConfig(
+                name=f"ray-{time.time_ns()}",
+                storage_path=cluster.storage or str(run_dir / "ray"),
+                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures),
+            ),
+        ).fit()
+    except BaseException as error:  # Handed to the main thread, which decides.
+        errors.append(error)
+
+
+def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str, Any]:
+    """The result of a run whose retries are spent: what it reached, and the workers' own message."""
+    from diptych.trainers.checkpoint import latest_state
+
+    state = latest_state(run_dir) or {"step": 0, "samples": 0}
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    message = "; ".join(sorted({f"rank {rank}: {_root(cause)}" for rank, cause in failures.items()}))
+    console.print(f"[bold red]failed[/] after {config.cluster.max_failures} retries: {message}", markup=True, highlight=False)
+    reached = {"step": state["step"], "samples": state["samples"], "world_size": config.workers, "metrics": {}}
+    return reached | {"status": "failed", "error": message}
+
+
+def _root(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error.__cause__
+    return _root(cause) if isinstance(cause, BaseException) else f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+
+
+@contextmanager
+def _stopping(run_dir: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the workers to checkpoint and stop; a second one ends the driver at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _: Any) -> None:
+        if (run_dir / "stop").exists():
+            raise KeyboardInterrupt
+        (run_dir / "stop").touch()
+        note(f"{signal.Signals(number).name}: writing a checkpoint, then stopping; resume with name={run_dir.name}. Again = at once.")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(run_dir: Path, config: RunConfig) -> Iterator[Any]:
+    """A bar of steps with rate, waiting share and loss from the newest logged line; silent without a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from diptych.trainers.checkpoint import last_metrics
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(run_dir.name, total=config.train.steps, figures="starting workers")
+
+        def show() -> None:
+            line = last_metrics(run_dir) if console.is_terminal else None
+            if line:
+                values = line["metrics"]
+                figures = f"loss {values.get('loss', float('nan')):.4g} · {values.get('samples_per_second', 0):.0f} samples/s"
+                figures += f" · waiting {100 * values.get('wait_share', 0):.0f} %"
+                bar.update(task, completed=line["step"], figures=figures)
+
+        yield show
+
+
+def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, status: str) -> None:
+    """Merge the trace, copy artifacts, end the MLflow run with the right status."""
+    from diptych.pipelines.trace import write_trace
+
+    if prepared.config.data.trace:
+        write_trace(run_dir, prepared.manifest)
+    if tracker is None:
+        return
+    try:
+        tracker.log_artifacts(run_dir / "samples", "samples")
+        tracker.log_artifacts(run_dir / "ledger", "ledger")
+    except Exception as error:  # A tracking server that is away must not turn a finished run into a failed one.
+        note(f"artifacts not copied to MLflow ({error}); they stand in {run_dir}")
+    tracker.end({"finished": "FINISHED", "stopped": "KILLED", "killed": "KILLED"}.get(status, "FAILED"))
+
+
+def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:
+    """The configuration of a call: a stored file or a recipe, with `KEY=VALUE` applied."""
+    if config_file:
+        config = load_config_file(config_file)
+        if config.task.name != task:
+            raise ConfigError("TASK", task, f"{config.task.name}, the task of {config_file}")
+    else:
+        config = load_recipe(task, recipe)
+    return apply_overrides(config, overrides)
+
+
+def command(
+    task: Annotated[str, typer.Argument(help="coca, dalle2_prior, … (`diptych recipes` lists them)")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted configuration keys")] = None,
+    recipe: Annotated[str, typer.Option(help="starting configuration")] = "smoke",
+    config: Annotated[str, typer.Option(help="stored configuration to start from instead")] = "",
+    dry_run: Annotated[bool, typer.Option(help="check everything, show what would run, start nothing")] = False,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+) -> None:
+    """Train TASK; an unfinished run of the same name= is resumed.
+
+    Example: diptych train coca --recipe smoke data.shards=shards/ workers=2 train.steps=50
+    """
+    resolved = resolve(task, recipe, config, overrides or [])
+    if dry_run:
+        finish(_dry_run(resolved), json)
+    result = run(resolved)
+    figures = [[key, f"{value:.5g}"] for key, value in result["metrics"].items() if isinstance(value, int | float)]
+    show_table(f"{result['status']} at step {result['step']} · {result['run_dir']}", ["metric", "value"], figures)
+    finish(result, json, failed=result["status"] == "failed")
+
+
+def _dry_run(config: RunConfig) -> dict[str, Any]:
+    """What the call would do: resolved configuration, resources and data, with nothing started and no run made."""
+    import tempfile
+
+    ray_context.preflight(config)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(config, Path(folder))
+        facts = prepared.facts
+        caption = prepared.manifest.rows([0], ["caption"])["caption"][0].as_py()
+    resources = {"workers": config.workers, "cpus": ray_context.required_cpus(config), "gpus": config.workers * config.cluster.gpus_per_worker}
+    show_table("would train", ["what", "value"], [*resources.items(), *facts.items(), ("first caption", caption)])
+    return {"config": json.loads(prepared.config.to_json()), "resources": resources, "data": facts}
+
+
+if __name__ == "__main__":
+    from diptych.cli import main
+
+    main(["train", *sys.argv[1:]])
