@@ -30,6 +30,7 @@ class CocaTask(Task):
     config: CocaConfig
 
     def __init__(self, config: CocaConfig, seed: int) -> None:
+        """Raises `ConfigError` where weights, architecture and tokenizer do not belong together."""
         super().__init__(config, seed)
         self.vocabulary = load_vocabulary(config.tokenizer)
         self.built = build_coca(config, self.vocabulary, seed)
@@ -40,6 +41,7 @@ class CocaTask(Task):
 
     @property
     def coefficients(self) -> dict[str, float]:
+        """The two weights of the configuration."""
         return {"contrastive": self.config.contrastive_weight, "caption": self.config.caption_weight}
 
     def pixels(self, image: Tensor) -> Tensor:
@@ -52,6 +54,7 @@ class CocaTask(Task):
         return (batch["tokens"][:, 1:] != self.vocabulary.pad) * batch["weight"][:, None]
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples for the contrast, caption tokens (without the start token) for the captions."""
         weights = {}
         if self.config.contrastive_weight:
             weights["contrastive"] = batch["weight"].sum()
@@ -72,6 +75,7 @@ class CocaTask(Task):
         return features, image_tokens, text_states
 
     def forward(self, batch: Batch) -> Output:
+        """Caption loss of the rows, and their features for the contrast."""
         features, image_tokens, text_states = self._encode(batch)
         output = Output(terms={}, features=features if self.config.contrastive_weight else {})
         if self.config.caption_weight:
@@ -84,6 +88,7 @@ class CocaTask(Task):
         return output
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` and `text` `[B, D]`, L2-normalised, and the scalar `logit_scale`."""
         return self._encode(batch)[0] if self.config.contrastive_weight else {}
 
     def contrast(self, features: dict[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Term]:
@@ -102,9 +107,11 @@ class CocaTask(Task):
         return {"contrastive": Term((loss * weight[rows]).sum(), weight[rows].sum())}
 
     def after_step(self) -> None:
+        """Clamp the temperature as CLIP does."""
         self.model.logit_scale.clamp_(0, _LARGEST_LOGIT_SCALE)
 
     def set_gradient_checkpointing(self) -> None:
+        """Recompute each block of the three towers."""
         self.model.set_grad_checkpointing(True)
 
     def validate(self, batch: Batch) -> Validation:
@@ -115,9 +122,11 @@ class CocaTask(Task):
         return validation
 
     def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """Retrieval among the validation set: R@1, 5 and 10, both ways."""
         return retrieval_metrics(rows["image"], rows["text"], rows["tokens"])
 
     def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        """Random pixels, and captions of random words and unequal lengths."""
         generator = torch.Generator().manual_seed(seed)
         side, length = self.config.image_size, self.config.context_length
         tokens = torch.full((batch_size, length), self.vocabulary.pad)

@@ -1,0 +1,122 @@
+"""The DALL-E 2 prior on pairs of embeddings: dalle2-pytorch's diffusion prior with counted noise, timesteps and masks.
+
+The loss equals `DiffusionPrior.forward` for the same draws; the scaling of the image embedding does not touch the batch.
+Shape legend: B rows, N rows of the validation set, S samples per text, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diptych.recipes.dalle2_prior import Dalle2PriorConfig
+from diptych.trainers import randomness
+from diptych.trainers.prior_model import build_prior, condition_masks, export_prior, sample_prior
+from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+
+
+class Dalle2PriorTask(Task):
+    """Predict the image embedding from the text embedding, by diffusion."""
+
+    name: ClassVar[str] = "dalle2_prior"
+    config: Dalle2PriorConfig
+
+    def __init__(self, config: Dalle2PriorConfig, seed: int) -> None:
+        """Raises `ConfigError` where the dimension is unknown, or weights and sizes do not belong together."""
+        super().__init__(config, seed)
+        self.prior, self.section = build_prior(config, seed)
+
+    def draws(self, batch: Batch) -> Batch:
+        """`noise` `[B, D]`, `timestep` `[B]`, and bool `[B]` masks of the conditions that are kept."""
+        slots, dim = batch["slot"], batch["image_embedding"].shape[1]
+        steps = self.prior.noise_scheduler.num_timesteps
+        return {
+            "noise": randomness.normal(self.seed, "noise", slots, (dim,)),
+            "timestep": randomness.integers(self.seed, "timestep", slots, (), 0, steps),
+            "keep_text": ~randomness.bernoulli(self.seed, "drop_text", slots, (), self.prior.text_cond_drop_prob),
+            "keep_image": ~randomness.bernoulli(self.seed, "drop_image", slots, (), self.prior.image_cond_drop_prob),
+        }
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples."""
+        return {"diffusion": batch["weight"].sum()}
+
+    def forward(self, batch: Batch) -> Output:
+        """Mean over D of the distance between prediction and target, summed over samples."""
+        prior, times, noise = self.prior, batch["timestep"], batch["noise"]
+        clean = batch["image_embedding"] * prior.image_embed_scale
+        noisy = prior.noise_scheduler.q_sample(x_start=clean, t=times, noise=noise)
+        with condition_masks(prior.net, batch["keep_text"], batch["keep_image"]):
+            predicted = prior.net(noisy, times, text_embed=batch["text_embedding"]).float()
+        if prior.predict_x_start and prior.training_clamp_l2norm:
+            predicted = prior.l2norm_clamp_embed(predicted)
+        if prior.predict_v:
+            target = prior.noise_scheduler.calculate_v(clean, times, noise)
+        else:
+            target = clean if prior.predict_x_start else noise
+        loss = prior.noise_scheduler.loss_fn(predicted, target, reduction="none").mean(dim=1)
+        return Output(terms={"diffusion": Term((loss * batch["weight"]).sum(), batch["weight"].sum())})
+
+    def sample(self, text_embedding: Tensor, slots: Tensor, purpose: str = "sample", steps: int = 0, cond_scale: float = 0.0) -> Tensor:
+        """Image embeddings `[B, D]` for text embeddings `[B, D]`; the noise of row i belongs to `slots[i]` and `purpose`.
+
+        `steps` and `cond_scale` of 0 take the configuration's.
+        """
+        dim = text_embedding.shape[1]
+
+        def noise(what: str) -> Tensor:
+            return randomness.normal(self.seed, f"{purpose}/{what}", slots, (dim,))
+
+        steps, cond_scale = steps or self.config.sample_timesteps, cond_scale or self.config.cond_scale
+        return sample_prior(self.prior, text_embedding, noise, steps, cond_scale)
+
+    def validate(self, batch: Batch) -> Validation:
+        """The loss, and samples of every text."""
+        count = self.config.validation_samples
+        predicted = [self.sample(batch["text_embedding"], batch["slot"], f"sample{number}") for number in range(count)]
+        rows = {"text": batch["text_embedding"], "image": batch["image_embedding"], "predicted": torch.stack(predicted, dim=1)}
+        return Validation(terms=super().validate(batch).terms, rows=rows)
+
+    def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """Cosines on L2-normalised vectors, as dalle2-pytorch reports them, averaged over samples.
+
+        `unrelated` pairs each prediction with the text of another row; `difference` is text to prediction minus the baseline.
+        """
+        text, image = F.normalize(rows["text"], dim=-1), F.normalize(rows["image"], dim=-1)
+        predicted = F.normalize(rows["predicted"], dim=-1).mean(dim=1)
+        baseline, found = _mean_dot(text, image), _mean_dot(text, predicted)
+        return {
+            "cosine_text_image": baseline,
+            "cosine_text_predicted": found,
+            "cosine_image_predicted": _mean_dot(image, predicted),
+            "cosine_unrelated": _mean_dot(torch.roll(text, 1, dims=0), predicted),
+            "cosine_difference": found - baseline,
+        }
+
+    def set_gradient_checkpointing(self) -> None:
+        """Recompute each attention and feed-forward layer."""
+        for layer in self.prior.net.causal_transformer.layers:
+            for part in layer:
+                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+
+    def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        """Unit vectors, the text's near the image's."""
+        generator = torch.Generator().manual_seed(seed)
+        dim = self.prior.image_embed_dim
+        image = F.normalize(torch.randn(batch_size, dim, generator=generator), dim=-1)
+        text = F.normalize(image + 0.1 * torch.randn(batch_size, dim, generator=generator), dim=-1)
+        return synthetic_rows(batch_size) | {"image_embedding": image, "text_embedding": text}
+
+    def export(self, folder: Path) -> None:
+        """Write `prior.pth` and `prior_config.json` in dalle2-pytorch's own terms."""
+        export_prior(self.prior, self.section, folder)
+
+
+def _mean_dot(one: Tensor, other: Tensor) -> float:
+    return (one * other).sum(dim=-1).mean().item()
