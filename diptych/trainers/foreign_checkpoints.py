@@ -7,6 +7,7 @@ Here such objects become inert, and only tensors and plain containers come throu
 from __future__ import annotations
 
 import collections
+import contextlib
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,10 @@ _REBUILD = {
 class _Inert:
     """Stands for an object whose class is not trusted: takes whatever the pickle gives it and does nothing."""
 
-    def __new__(cls, *args: Any, **options: Any) -> _Inert:
+    def __new__(cls, *_args: Any, **_options: Any) -> _Inert:
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *_args: Any, **_options: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
@@ -77,10 +78,10 @@ def read_state(path: Path, entries: tuple[str, ...]) -> dict[str, Tensor]:
     return state
 
 
-def locate_weights(key: str, source: str, file_name: str) -> Path:
+def locate_weights(key: str, source: str, file_name: str, config_name: str) -> Path:
     """The local file of the weights `source`: a file, a folder with `file_name`, or on the hub `org/repo[/path/to/file]`.
 
-    A configuration beside the hub's file comes along, where there is one. Raises `ConfigError` naming `key`.
+    The hub's `config_name` beside the weights comes along, where there is one. Raises `ConfigError` naming `key`.
     """
     path = Path(source)
     if path.is_file():
@@ -92,22 +93,20 @@ def locate_weights(key: str, source: str, file_name: str) -> Path:
     parts = source.split("/")
     if source.startswith(("/", ".", "~")) or len(parts) < 2:
         raise ConfigError(key, source, "an existing file or folder, or a hub name org/repo[/path/to/file]", "Check the path.")
-    return _download(key, "/".join(parts[:2]), "/".join(parts[2:]) or file_name)
+    return _download(key, "/".join(parts[:2]), "/".join(parts[2:]) or file_name, config_name)
 
 
-def _download(key: str, repository: str, file: str) -> Path:
+def _download(key: str, repository: str, file: str, config_name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    missing = (HfHubHTTPError, LocalEntryNotFoundError, OSError)
     try:
         weights = Path(hf_hub_download(repository, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except missing as error:
         raise ConfigError(key, f"{repository}/{file}", "a file on the Hugging Face hub", str(error).splitlines()[0]) from error
     folder = file.rpartition("/")[0]
-    with_config = "/".join([folder] * bool(folder) + ["prior_config.json"])
-    try:
-        hf_hub_download(repository, with_config)
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        # Without it the sizes come from the configuration, and loading says so if they differ.
-        pass
+    # Without a stored configuration the sizes come from the run's, and loading says so if they differ.
+    with contextlib.suppress(*missing):
+        hf_hub_download(repository, f"{folder}/{config_name}" if folder else config_name)
     return weights

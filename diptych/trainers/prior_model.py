@@ -7,6 +7,7 @@ Shape legend: B rows, D embedding dimension.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def build_prior(config: Dalle2PriorConfig, seed: int) -> tuple[DiffusionPrior, d
 
     Fresh weights are a function of `seed`. Raises `ConfigError` where weights and sizes do not belong together.
     """
-    weights = locate_weights("task.pretrained", config.pretrained, WEIGHTS) if config.pretrained else None
+    weights = locate_weights("task.pretrained", config.pretrained, WEIGHTS, CONFIG) if config.pretrained else None
     stored = weights.parent / CONFIG if weights else None
     if stored is not None and stored.is_file():
         section = _stored_section(config, stored)
@@ -113,7 +114,7 @@ def _stored_section(config: Dalle2PriorConfig, stored: Path) -> dict[str, Any]:
         raise ConfigError(
             "task.embed_dim", config.embed_dim, f"{dim}, the dimension of task.pretrained", "Embed the data with the same model."
         )
-    net = {key: value for key, value in section["net"].items()} | {"attn_dropout": config.attn_dropout, "ff_dropout": config.ff_dropout}
+    net = dict(section["net"]) | {"attn_dropout": config.attn_dropout, "ff_dropout": config.ff_dropout}
     section = {key: value for key, value in section.items() if key not in ("clip", "cond_drop_prob")} | {"net": net}
     return section | _training_options(config)
 
@@ -133,7 +134,7 @@ def condition_masks(net: DiffusionPriorNetwork, keep_text: Tensor, keep_image: T
     """Within, the network sees null embeddings where the bool masks `[B]` are False: the peer draws these masks itself."""
 
     def withhold(keep: Tensor, null: Tensor) -> Callable[..., Tensor]:
-        return lambda module, inputs, output: torch.where(keep[:, None, None], output, null.to(output.dtype))
+        return lambda _module, _inputs, output: torch.where(keep[:, None, None], output, null.to(output.dtype))
 
     hooks = [
         net.to_text_embeds.register_forward_hook(withhold(keep_text, net.null_text_embeds)),
@@ -157,7 +158,7 @@ def sample_prior(prior: DiffusionPrior, text_embedding: Tensor, noise: Noise, st
     x = noise("start")
     if prior.init_image_embed_l2norm:
         x = prior.l2norm_clamp_embed(x)
-    for time, following in zip(times[:-1], times[1:], strict=True):
+    for time, following in itertools.pairwise(times):
         t = torch.full((len(x),), time, device=x.device)
         start = _predict_start(prior, x, t, text_embedding, cond_scale)
         if not ddim:

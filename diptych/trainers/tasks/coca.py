@@ -36,6 +36,8 @@ class CocaTask(Task):
         self.built = build_coca(config, self.vocabulary, seed)
         self.model = self.built.model
         freeze_unused(self.model, config)
+        self.mean: Tensor
+        self.std: Tensor
         for name, values in (("mean", self.built.mean), ("std", self.built.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 

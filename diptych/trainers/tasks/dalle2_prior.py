@@ -56,10 +56,9 @@ class Dalle2PriorTask(Task):
             predicted = prior.net(noisy, times, text_embed=batch["text_embedding"]).float()
         if prior.predict_x_start and prior.training_clamp_l2norm:
             predicted = prior.l2norm_clamp_embed(predicted)
+        target = clean if prior.predict_x_start else noise
         if prior.predict_v:
             target = prior.noise_scheduler.calculate_v(clean, times, noise)
-        else:
-            target = clean if prior.predict_x_start else noise
         loss = prior.noise_scheduler.loss_fn(predicted, target, reduction="none").mean(dim=1)
         return Output(terms={"diffusion": Term((loss * batch["weight"]).sum(), batch["weight"].sum())})
 
