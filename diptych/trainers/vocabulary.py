@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from diptych.config import ConfigError
 
 _TRAINED_PAD, _TRAINED_START, _TRAINED_END = 0, 1, 2
@@ -29,16 +27,12 @@ class Vocabulary:
     """Folder or hub name of a Hugging Face tokenizer; empty for open_clip's BPE and for one that is not trained yet."""
     tokenizer: Any = None
 
-    def decode(self, tokens: Tensor) -> list[str]:
-        """`[B, L]` ids → B texts: everything between the start token and the end token."""
+    def decode(self, tokens: list[int]) -> str:
+        """Ids of one text → its words: everything between the start token and the end token."""
         if self.tokenizer is None:
             raise ValueError("task.tokenizer is train:<size> and not trained yet; name the run's tokenizer folder")
-        texts = []
-        for row in tokens.tolist():
-            row = row[: row.index(self.end)] if self.end in row else row
-            ids = [token for token in row if token not in (self.pad, self.start)]
-            texts.append(" ".join(self.tokenizer.decode(ids).split()))
-        return texts
+        tokens = tokens[: tokens.index(self.end)] if self.end in tokens else tokens
+        return " ".join(self.tokenizer.decode([token for token in tokens if token not in (self.pad, self.start)]).split())
 
 
 def load_vocabulary(name: str) -> Vocabulary:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.recipes.coca import CocaConfig
+from diptych.trainers.captioning import generate_captions
 from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
+from diptych.trainers.decoding import Decoding
 from diptych.trainers.retrieval import retrieval_metrics
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
 from diptych.trainers.vocabulary import load_vocabulary
@@ -141,6 +143,16 @@ class CocaTask(Task):
         image = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
         mask = tokens != self.vocabulary.pad
         return synthetic_rows(batch_size) | {"image": image, "tokens": tokens, "token_mask": mask}
+
+    def captions(self, image: Tensor, decoding: Decoding | None = None, numbers: Tensor | None = None) -> list[list[str]]:
+        """Captions of uint8 images `[B, H, W, 3]`, as many for each as `decoding.num_samples`; greedy by default.
+
+        `numbers` `[B]` keys the draws of each image. Call it in `eval()`.
+        """
+        tokens = generate_captions(
+            self.model, self.pixels(image), self.vocabulary, self.config.context_length, decoding or Decoding(), numbers
+        )
+        return [[self.vocabulary.decode(caption) for caption in captions] for captions in tokens]
 
     def export(self, folder: Path) -> None:
         """Write the layout that `open_clip.create_model_and_transforms("local-dir:<folder>")` loads."""
