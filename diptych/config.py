@@ -40,6 +40,14 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1, so that train.steps=true would train one step.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number, neither true nor false")
+        return value
+
 
 C = TypeVar("C", bound=Config)
 
@@ -67,8 +75,6 @@ class TaskConfig(Config, abc.ABC):
 
 def _comma_separated(value: Any) -> Any:
     return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
-
-
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
@@ -290,23 +296,37 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
     """Return `config` with each `dotted.key=value` applied. Values are read as JSON where they parse, else as text."""
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not key.strip():
             raise ConfigError("KEY=VALUE", override, "a dotted configuration key, '=', and a value", "Example: train.steps=200")
-        config = set_path(config, key.strip(), _parse(text))
+        config = _set_text(config, key.strip(), text)
     return config
+
+
+def _set_text(config: C, key: str, text: str) -> C:
+    parsed = _parse(text)
+    try:
+        return set_path(config, key, parsed)
+    except ConfigError as error:
+        if isinstance(parsed, str):
+            raise
+        # Text that also reads as JSON, such as a run called 2024, is text where only text is allowed.
+        try:
+            return set_path(config, key, text)
+        except ConfigError:
+            raise error from None
 
 
 def set_path(config: C, key: str, value: Any) -> C:
     """Return `config` with the field at the dotted path `key` set to `value`, validated again up to the root."""
     path = key.split(".")
     chain: list[Config] = [config]
-    for depth, name in enumerate(path[:-1]):
+    for name in path[:-1]:
         inner = getattr(chain[-1], name, None) if name in type(chain[-1]).model_fields else None
         if not isinstance(inner, Config):
-            raise _unknown_key(config, ".".join(path[: depth + 1]) + "." + ".".join(path[depth + 1 :]))
+            raise _unknown_key(config, key, value)
         chain.append(inner)
     if path[-1] not in type(chain[-1]).model_fields:
-        raise _unknown_key(config, key)
+        raise _unknown_key(config, key, value)
     if isinstance(getattr(chain[-1], path[-1]), Config):
         raise ConfigError(key, value, f"one of its keys: {', '.join(type(getattr(chain[-1], path[-1])).model_fields)}")
     new: Any = value
@@ -343,14 +363,14 @@ def _parse(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _unknown_key(config: Config, key: str) -> ConfigError:
+def _unknown_key(config: Config, key: str, received: Any = "no value") -> ConfigError:
     known = list(dotted_keys(config))
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     near = near or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     remedy = f"Did you mean {' or '.join(near)}?" if near else "`diptych recipes NAME` lists the keys."
     section = key.rpartition(".")[0]
     inside = [name for name in known if name.rpartition(".")[0] == section]
-    return ConfigError(key, "an unknown key", f"keys such as {', '.join((inside or known)[:8])}", remedy)
+    return ConfigError(key, received, f"an existing key, such as {', '.join((inside or list(type(config).model_fields))[:8])}, …", remedy)
 
 
 def _explain(cls: type[Config], error: pydantic.ValidationError, prefix: str) -> ConfigError:
@@ -365,7 +385,7 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, prefix: str) ->
     name = str(first["loc"][0]) if first["loc"] else ""
     field = cls.model_fields.get(name)
     received = first["input"]
-    allowed = first["msg"][0].lower() + first["msg"][1:]
+    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     choices = get_args(field.annotation) if field is not None and str(field.annotation).startswith("typing.Literal") else ()
     remedy = (field.description or "") if field is not None else ""
     if choices and isinstance(received, str):
