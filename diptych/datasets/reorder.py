@@ -1,0 +1,259 @@
+"""clip-retrieval's embeddings → DALLE2-pytorch's layout: one file per shard, row = the index digits of the key.
+
+Two passes with bounded memory: the keys of all partitions are sorted on disk (`reorder_index`), then each shard's rows
+are gathered from the partitions by ranged reads and its file is renamed into place, so that a file that is there is whole.
+Rows without an embedding are zeros, which DALLE2-pytorch's loader takes as "none", and each is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diptych.datasets import folders, ranged, storage
+from diptych.datasets.npy import NpyFile, NpyWriter, open_npy
+from diptych.datasets.reorder_index import ROW_BITS, PlaceIndex, ShardRows, index_width
+
+MODALITIES = ("img_emb", "text_emb")
+WINDOW_BYTES = 16 << 20
+"""Bytes of output that are gathered at once, and that one ranged read may take, per thread."""
+
+SHARD_DIGITS = 5
+"""Least digits of the shard in a file's name; more if there are more shards."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One of clip-retrieval's partitions."""
+
+    metadata: str
+    """URL of `metadata_{p}.parquet`."""
+    embeddings: dict[str, NpyFile]
+    """`img_emb` and `text_emb`, those that there are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder in clip-retrieval's layout."""
+
+    partitions: list[Partition]
+    shapes: dict[str, tuple[int, np.dtype]]
+    """Modality → (dimension, dtype)."""
+
+    @property
+    def rows(self) -> int:
+        """Embeddings in all partitions."""
+        return sum(next(iter(part.embeddings.values())).rows for part in self.partitions)
+
+
+@dataclass
+class ShardResult:
+    """What became of one shard."""
+
+    name: str
+    rows: int
+    filled: int
+    gaps: np.ndarray
+    """Indices without an embedding, int64."""
+    bad: dict[str, np.ndarray] = field(default_factory=dict)
+    """Modality → indices whose embedding was zero or not finite, int64; zeros were written."""
+    reused: bool = False
+    """The files stood there already, from a run before."""
+
+
+def open_source(folder: str) -> Source:
+    """Read the headers of a folder in clip-retrieval's layout.
+
+    Raises `ValueError` where a partition lacks its metadata, sizes disagree, or an array is not float [rows, dim].
+    """
+    metadata = {_partition(url): url for url in folders.list_files(storage.join(folder, "metadata"), ".parquet")}
+    arrays = {kind: {_partition(url): url for url in folders.list_files(storage.join(folder, kind), ".npy")} for kind in MODALITIES}
+    arrays = {kind: files for kind, files in arrays.items() if files}
+    if not metadata or not arrays:
+        raise ValueError(
+            f"{folder} is not in clip-retrieval's layout: expected metadata/metadata_*.parquet and img_emb/*.npy or text_emb/*.npy. "
+            "`diptych embed` and `clip-retrieval inference --enable_metadata True` write it."
+        )
+    for kind, files in arrays.items():
+        if files.keys() != metadata.keys():
+            lacking = sorted(files.keys() ^ metadata.keys())
+            raise ValueError(f"{folder}: partitions {lacking[:5]} stand only in one of {kind} and metadata; finish the embedding first")
+    partitions = [
+        Partition(metadata[number], {kind: open_npy(files[number]) for kind, files in arrays.items()}) for number in sorted(metadata)
+    ]
+    shapes = {}
+    for kind in arrays:
+        found = {(part.embeddings[kind].dim, part.embeddings[kind].dtype) for part in partitions if part.embeddings[kind].rows}
+        if len(found) != 1:
+            raise ValueError(f"{folder}/{kind}: partitions differ in dimension or type: {sorted(map(str, found))}")
+        shapes[kind] = found.pop()
+    return Source(partitions, shapes)
+
+
+def _partition(url: str) -> int:
+    digits = url.rpartition("/")[2].partition(".")[0].rpartition("_")[2]
+    if not digits.isdigit():
+        raise ValueError(f"{url}: expected a name that ends with the partition's number, such as img_emb_0.npy")
+    return int(digits)
+
+
+def build_index(source: Source, shards: Sequence[ShardRows], folder: Path) -> PlaceIndex:
+    """Sort the keys of all partitions into `folder`; `unplaced` of the result says what has no place."""
+    index: PlaceIndex | None = None
+    for number, part in enumerate(source.partitions):
+        with folders.open_input(part.metadata) as stream:
+            metadata = _open_metadata(part.metadata, stream)
+            expected = next(iter(part.embeddings.values())).rows
+            sizes = {kind: array.rows for kind, array in part.embeddings.items()} | {"metadata": metadata.metadata.num_rows}
+            if set(sizes.values()) != {expected}:
+                raise ValueError(f"{part.metadata}: rows disagree: {sizes}; embed that partition again")
+            if expected == 0:
+                continue
+            column = "image_path" if "image_path" in metadata.schema_arrow.names else "key"
+            if column not in metadata.schema_arrow.names:
+                raise ValueError(f"{part.metadata} has neither column image_path nor key; found {metadata.schema_arrow.names}")
+            if index is None:
+                index = PlaceIndex(folder, shards, index_width([shard.name for shard in shards], _key_length(metadata, column)))
+            index.add_partition(number, metadata, column)
+    if index is None:
+        raise ValueError("the embeddings are empty")
+    index.sort()
+    return index
+
+
+def _open_metadata(url: str, stream: object) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(stream)
+    except pa.ArrowException as error:
+        raise ValueError(f"{url} cannot be read as Parquet ({error}); embed that partition again") from None
+
+
+def _key_length(metadata: pq.ParquetFile, column: str) -> int:
+    keys = next(metadata.iter_batches(1024, columns=[column])).column(0).to_pylist()
+    lengths = [len(key) for key in keys if isinstance(key, str) and key.isascii() and key.isdigit()]
+    if not lengths:
+        raise ValueError(
+            f"keys such as {keys[0]!r} are not a shard's digits followed by an index, so they have no place in DALLE2-pytorch's layout. "
+            "Train on the embeddings as they are: `data.embeddings` joins them by key."
+        )
+    return min(lengths)
+
+
+def write_shards(source: Source, index: PlaceIndex, out: str, may_reuse: bool = False, jobs: int = 2) -> Iterator[ShardResult]:
+    """Write every shard's files below `out`/img_emb and `out`/text_emb; results come in the order of the shards.
+
+    A shard without a single embedding gets no files: DALLE2-pytorch passes over its tar. `may_reuse` says that files which
+    stand there are of these very inputs and need not be written again.
+    """
+    digits = max(SHARD_DIGITS, *(len(str(shard.number)) for shard in index.shards))
+    for kind in source.shapes:
+        folders.make_folder(storage.join(out, kind))
+
+    def one(shard: ShardRows, records: np.ndarray) -> ShardResult:
+        taken = np.zeros(shard.rows, bool)
+        taken[records["place"] % 10**index.width] = True
+        result = ShardResult(shard.name, shard.rows, len(records), np.flatnonzero(~taken))
+        if len(records) == 0:
+            return result
+        paths = {kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes}
+        result.reused = may_reuse and all(_is_whole(path, shard.rows) for path in paths.values())
+        for kind, path in paths.items():
+            arrays = [part.embeddings[kind] for part in source.partitions]
+            bad = _scan_zeros(path, taken) if result.reused else _write_shard(arrays, records, shard.rows, index.width, path)
+            if len(bad):
+                result.bad[kind] = bad
+        return result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from _in_order(pool, one, index.by_shard(), 2 * jobs)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    work: Callable[[ShardRows, np.ndarray], ShardResult],
+    items: Iterator[tuple[ShardRows, np.ndarray]],
+    ahead: int,
+) -> Iterator[ShardResult]:
+    pending = []
+    for item in items:
+        pending.append(pool.submit(work, *item))
+        if len(pending) >= ahead:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
+
+
+def _write_shard(arrays: Sequence[NpyFile], records: np.ndarray, rows: int, width: int, path: str) -> np.ndarray:
+    """Gather one shard's rows and write its file; returns the indices whose embedding is unusable."""
+    dim, dtype = arrays[0].dim, arrays[0].dtype
+    window = max(1, WINDOW_BYTES // arrays[0].row_bytes)
+    index = records["place"] % 10**width
+    unusable = []
+    with NpyWriter(path, dtype, rows, dim) as writer:
+        for start in range(0, rows, window):
+            part = slice(*np.searchsorted(index, (start, start + window)))
+            block = np.zeros((min(window, rows - start), dim), dtype)
+            bad = _gather(arrays, records[part], index[part] - start, block)
+            unusable.append(bad + start)
+            writer.write(block)
+    return np.concatenate(unusable) if unusable else np.empty(0, np.int64)
+
+
+def _gather(arrays: Sequence[NpyFile], records: np.ndarray, index: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Copy the records' rows to `block[index]`; unusable ones stay zero and their indices are returned, sorted."""
+    order = np.argsort(records["source"])
+    source, index = records["source"][order], index[order]
+    row_bytes = block.dtype.itemsize * block.shape[1]
+    gap, most = max(1, ranged.LOCAL_GAP // row_bytes), max(1, WINDOW_BYTES // row_bytes)
+    # Partitions differ by 2^40, so they never share a run.
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(source) > gap) + 1, [len(source)]))
+    unusable = [np.empty(0, np.int64)]
+    for start, stop in itertools.pairwise(starts.tolist()):
+        while start < stop:
+            count = int(np.searchsorted(source[start:stop], source[start] + most))
+            part = slice(start, start + count)
+            file, first = divmod(int(source[start]), 1 << ROW_BITS)
+            rows = source[part] - source[start]
+            found = arrays[file].read(first, first + int(rows[-1]) + 1)
+            found = found if len(found) == count else found[rows]
+            usable = _usable(found)
+            block[index[part]] = found if usable.all() else np.where(usable[:, None], found, 0)
+            unusable.append(index[part][~usable])
+            start += count
+    return np.sort(np.concatenate(unusable))
+
+
+def _usable(rows: np.ndarray) -> np.ndarray:
+    """Which rows are finite and not all zero, bool [n]. On the bits, because float16 arithmetic is slow on CPUs."""
+    usable = rows[:, 0] != 0
+    suspects = np.flatnonzero(~usable)
+    usable[suspects] = rows[suspects].any(axis=1)
+    info = np.finfo(rows.dtype)
+    infinity = ((1 << info.iexp) - 1) << info.nmant
+    # Read as integers, infinities and NaN are the largest numbers: positive ones if signed, negative ones if unsigned.
+    signed, unsigned = rows.view(rows.dtype.str.replace("f", "i")), rows.view(rows.dtype.str.replace("f", "u"))
+    if signed.max(initial=0) >= infinity or unsigned.max(initial=0) >= infinity + (1 << (8 * rows.dtype.itemsize - 1)):
+        usable &= np.isfinite(rows).all(axis=1)
+    return usable
+
+
+def _is_whole(path: str, rows: int) -> bool:
+    try:
+        return open_npy(path).rows == rows
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _scan_zeros(path: str, taken: np.ndarray) -> np.ndarray:
+    array = open_npy(path)
+    window = max(1, WINDOW_BYTES // array.row_bytes)
+    found = [array.read(start, min(start + window, array.rows)) for start in range(0, array.rows, window)]
+    usable = np.concatenate([_usable(rows) for rows in found]) if found else np.empty(0, bool)
+    return np.flatnonzero(taken & ~usable)

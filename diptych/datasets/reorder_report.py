@@ -1,0 +1,195 @@
+"""`reorder` as a whole: refuse what has no place, write what has, list every gap with its reason, and be resumable.
+
+`OUT` holds `img_emb/` and `text_emb/` (nothing but `.npy`, as DALLE2-pytorch's loader demands), `gaps.parquet` with a line
+for every row of zeros, and `reorder.json`, which names the inputs: files found beside it are used again if those are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diptych.batches import Fault
+from diptych.config import ConfigError
+from diptych.datasets import folders, reorder, storage
+from diptych.datasets.reorder_index import PlaceIndex, ShardRows
+
+GAP_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string()), ("index", pa.int32()), ("reason", pa.string())])
+MOST_FAULTS = 10_000
+"""Faults listed one by one in the summary; `gaps.parquet` has all."""
+_FORMAT = 1
+_GAPS_AT_ONCE = 50_000
+
+
+@dataclass
+class Report:
+    """What `reorder` found and did."""
+
+    samples_in: int = 0
+    """Embeddings read, per modality."""
+    samples_out: int = 0
+    """Rows that hold a usable embedding in every modality."""
+    rows: int = 0
+    """Rows written, gaps included, per modality."""
+    gaps: int = 0
+    """Rows of zeros because there is no sample, such as a dead link."""
+    index_width: int = 0
+    """DALLE2-pytorch's `index_width`."""
+    shards: int = 0
+    """Shards with files."""
+    reused: int = 0
+    """Shards whose files stood there already."""
+    modalities: dict[str, str] = field(default_factory=dict)
+    """`img_emb`, `text_emb` → dtype and dimension."""
+    faults: list[Fault] = field(default_factory=list)
+    faults_total: int = 0
+    """Faults found; `faults` lists the first `MOST_FAULTS`."""
+
+    def add(self, fault: Fault) -> None:
+        """Count a fault, and list it if there is room."""
+        self.faults_total += 1
+        if len(self.faults) < MOST_FAULTS:
+            self.faults.append(fault)
+
+
+def reorder_embeddings(
+    embeddings: str,
+    out: str,
+    shards: Sequence[ShardRows],
+    samples: Callable[[str], np.ndarray | None],
+    *,
+    overwrite: bool = False,
+    jobs: int = 2,
+    advance: Callable[[int], None] = lambda _rows: None,
+) -> Report:
+    """Write the embeddings of the folder `embeddings` below `out`, a file per shard and modality.
+
+    `samples(shard)` gives the sorted indices (int64) of the samples that stand in the tar, or None if that is not known.
+    Raises `ValueError` for embeddings without a place, before anything is written, and `ConfigError` for an `out` that holds another result.
+    """
+    source = reorder.open_source(embeddings)
+    fingerprint = _fingerprint(source, shards)
+    may_reuse = _claim(out, fingerprint, overwrite)
+    with folders.scratch(out, "reorder") as folder:
+        index = reorder.build_index(source, shards, folder)
+        if index.unplaced.counts:
+            raise ValueError(
+                f"{embeddings} has embeddings without a place: {index.unplaced.message()}. Give the shards that were embedded, all of them, "
+                "and embed partitions that overlap again; nothing was written."
+            )
+        report = Report(samples_in=source.rows, index_width=index.width)
+        report.modalities = {kind: f"{dtype} [{dim}]" for kind, (dim, dtype) in source.shapes.items()}
+        _write_record(out, {"status": "running", "fingerprint": fingerprint})
+        gaps = _GapTable()
+        for result in reorder.write_shards(source, index, out, may_reuse, jobs):
+            _account(report, gaps, index, result, samples(result.name))
+            advance(result.filled)
+    storage.write_bytes(storage.join(out, "gaps.parquet"), gaps.to_bytes())
+    facts = {name: getattr(report, name) for name in ("samples_in", "samples_out", "rows", "gaps", "index_width", "shards", "modalities")}
+    _write_record(out, {"status": "done", "fingerprint": fingerprint, **facts, "faults": report.faults_total})
+    return report
+
+
+def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder.ShardResult, present: np.ndarray | None) -> None:
+    """Add one shard to the report: each row of zeros is either a sample that never was, or a fault."""
+    if result.filled == 0:
+        if present is None or len(present):
+            found = "its" if present is None else f"its {len(present)}"
+            report.add(
+                Fault(f"{result.name}.tar", "", "missing_embeddings", f"none of {found} samples has an embedding; no file was written")
+            )
+        return
+    bad = np.zeros(result.rows, bool)
+    for where in result.bad.values():
+        bad[where] = True
+    report.samples_out += result.filled - int(bad.sum())
+    report.rows += result.rows
+    report.shards += 1
+    report.reused += result.reused
+    gap = np.zeros(result.rows, bool)
+    gap[result.gaps] = True
+    known = np.zeros(result.rows, bool)
+    if present is not None:
+        known[present[present < result.rows]] = True
+    lost, extra = gap & known, ~gap & ~known & (present is not None)
+    report.gaps += int((gap & ~lost).sum())
+    for reason, where, detail in (
+        ("no_sample", gap & ~lost, ""),
+        ("missing_embedding", lost, "the sample is in the tar, but not among the embeddings; its row is zeros"),
+        ("bad_embedding", bad, f"zeros, NaN or infinity in {' and '.join(result.bad)}; its row is zeros"),
+        ("unknown_sample", extra, "an embedding whose sample is not in the tar; it was written all the same"),
+    ):
+        rows = np.flatnonzero(where).tolist()
+        keys = [f"{result.name}{number:0{index.width}d}" for number in rows]
+        if reason != "unknown_sample":
+            gaps.add(result.name, keys, rows, reason)
+        for key in keys if detail else ():
+            report.add(Fault(f"{result.name}.tar", key, reason, detail))
+
+
+class _GapTable:
+    """`gaps.parquet`, compressed as it grows, so that memory holds little of it."""
+
+    def __init__(self) -> None:
+        self._stream = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._stream, GAP_SCHEMA, compression="zstd")
+        self._pending: list[tuple[str, str, int, str]] = []
+
+    def add(self, shard: str, keys: list[str], rows: list[int], reason: str) -> None:
+        self._pending += [(shard, key, row, reason) for key, row in zip(keys, rows, strict=True)]
+        if len(self._pending) >= _GAPS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            columns = [list(column) for column in zip(*self._pending, strict=True)]
+            self._writer.write_table(pa.table(columns, schema=GAP_SCHEMA))
+            self._pending.clear()
+
+    def to_bytes(self) -> bytes:
+        self._flush()
+        self._writer.close()
+        return self._stream.getvalue()
+
+
+def _fingerprint(source: reorder.Source, shards: Sequence[ShardRows]) -> str:
+    """Names, sizes and stamps of every input file, and the rows of every shard, as one hash."""
+    urls = list(_inputs(source))
+    facts: list[Any] = [_FORMAT, [(shard.name, shard.rows) for shard in shards]]
+    for url, found in zip(urls, storage.stat_many(urls), strict=True):
+        facts.append((url.rpartition("/")[2], found.size if found else -1, found.stamp if found else ""))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _inputs(source: reorder.Source) -> Iterator[str]:
+    for part in source.partitions:
+        yield part.metadata
+        yield from (array.url for array in part.embeddings.values())
+
+
+def _claim(out: str, fingerprint: str, overwrite: bool) -> bool:
+    """Whether files in `out` are of these inputs; raises `ConfigError` where they are of others."""
+    record = storage.join(out, "reorder.json")
+    files = [url for kind in reorder.MODALITIES for url in folders.list_files(storage.join(out, kind), ".npy")]
+    if not files:
+        return False
+    if storage.exists(record) and json.loads(storage.read_bytes(record)).get("fingerprint") == fingerprint:
+        return True
+    if not overwrite:
+        raise ConfigError("OUT", out, "an empty folder, or one that holds this very result", "Name another folder, or add --overwrite.")
+    for url in files:
+        fs, path = storage.file_system(url)
+        fs.rm_file(path)
+    return False
+
+
+def _write_record(out: str, record: dict[str, Any]) -> None:
+    storage.write_bytes(storage.join(out, "reorder.json"), json.dumps(record, indent=2).encode())
