@@ -6,7 +6,9 @@ so that the same folder gives the same data set on every machine.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import glob
 import os
 import re
@@ -41,6 +43,7 @@ __all__ = [
     "join",
     "list_shards",
     "local_path",
+    "locked",
     "parent",
     "read_bytes",
     "read_range",
@@ -175,6 +178,17 @@ def replace_file(temporary: str, path: str) -> None:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Hold the lock of a local folder: one process of this machine at a time; the folder is made if it is missing."""
+    import fcntl
+
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def exists(url: str) -> bool:
     """Whether there is a file or folder at `url`."""
     if is_local(url):
@@ -205,7 +219,7 @@ def stat_many(urls: Sequence[str], jobs: int = 16) -> list[FileFacts | None]:
         fs, path = file_system(folder)
         fs.invalidate_cache(path)
         if fs.exists(path):
-            entries = with_retries(lambda fs=fs, path=path: fs.ls(path, detail=True), folder, 0, -1, READ_RETRIES)
+            entries = with_retries(functools.partial(fs.ls, path, detail=True), folder, 0, -1, READ_RETRIES)
             listed |= {fs.unstrip_protocol(entry["name"]): _facts(entry) for entry in entries if entry["type"] == "file"}
 
     def one(url: str) -> FileFacts | None:

@@ -1,0 +1,282 @@
+"""The manifest: one row per sample of a data set, with the place of every member; and how to build or open it.
+
+`open_manifest` is what callers use. It walks only shards that are new or changed, in parallel, and what it finds is
+put in place by one rename. Opening costs memory in the number of shards, not of rows.
+
+Shape legend: N rows asked for, S shards.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from diptych.batches import Fault
+from diptych.config import ConfigError
+from diptych.datasets import storage
+from diptych.datasets.columns import Columns
+from diptych.datasets.manifest_writer import COUNTS, FORMAT
+from diptych.datasets.ranged import with_retries
+from diptych.datasets.survey import SCHEMA, Survey
+
+META_BYTES = 1 << 27
+"""Memory for row groups of the `meta` column, per process."""
+
+
+class Manifest:
+    """Rows [0, samples) in (shard, offset) order. Safe to share between threads; pickled as its folder."""
+
+    def __init__(self, folder: str, facts: dict[str, Any], local: str, root: str) -> None:
+        self.folder, self.root = folder, root
+        self._facts = facts
+        self._path = os.path.join(local, facts["data"])
+        shards = pq.read_table(os.path.join(self._path, "shards.parquet"))
+        self.shards: pa.Table = shards
+        """Per shard: name, bytes, samples, row_start, row_group, digest, stamp, and img2dataset's counts."""
+        self.shard_names: list[str] = shards["name"].to_pylist()
+        self.shard_starts = np.append(shards["row_start"].to_numpy(), facts["samples"]).astype(np.int64)
+        self.samples: int = facts["samples"]
+        self.digest: str = facts["digest"]
+        self.failed_downloads: int = facts["failed_downloads"]
+        self.extensions: list[str] = facts["extensions"]
+        self.columns = Columns(self._path)
+        self._meta: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._parquet: pq.ParquetFile | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, folder: str, root: str = "") -> Manifest:
+        """Open the manifest in `folder`. `root` says where the shards lie now, if not where they lay when it was built.
+
+        Raises `FileNotFoundError` if there is none, `ConfigError` if it is damaged or of another version.
+        """
+        folder = storage.absolute(folder)
+        remedy = "Delete the folder; `diptych index SHARDS` builds it again."
+        try:
+            facts = json.loads(storage.read_bytes(storage.join(folder, "manifest.json")))
+            version, data, files = facts["format"], facts["data"], facts["files"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError("data.manifest", folder, "a folder with a whole manifest", remedy) from None
+        if version != FORMAT:
+            raise ConfigError("data.manifest", f"format {version} in {folder}", f"format {FORMAT}", remedy)
+        local = folder if storage.is_local(folder) else _download(folder, data, files)
+        for name, size in files.items():
+            path = os.path.join(local, data, name)
+            if not os.path.isfile(path) or os.path.getsize(path) != size:
+                raise ConfigError("data.manifest", path, f"a file of {size} bytes", remedy)
+        stored = facts["root"]
+        if storage.is_local(stored) and not os.path.isabs(stored):
+            stored = os.path.normpath(os.path.join(storage.local_path(folder), stored))
+        return cls(folder, facts, local, storage.absolute(root) if root else stored)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Manifest.load, (self.folder, self.root))
+
+    @property
+    def samples_path(self) -> str:
+        """Local path of the Parquet with every row (columns of `survey.SCHEMA`), for DuckDB."""
+        return os.path.join(self._path, "samples.parquet")
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Every fault found, those of single shards first."""
+        table = pq.read_table(os.path.join(self._path, "faults.parquet"), columns=["shard", "key", "kind", "detail"])
+        return [Fault(**row) for row in table.to_pylist()]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts for `TaskConfig.check_data` and for people: samples, captions and images (samples that have one), …"""
+        names = ("samples", "captions", "images", "shards", "bytes", "digest", "failed_downloads", "failed_resizes", "faults")
+        return {name: self._facts[name] for name in names} | {"extensions": list(self.extensions)}
+
+    def shard_url(self, shard: int) -> str:
+        """Where shard number `shard` lies."""
+        return storage.join(self.root, self.shard_names[shard])
+
+    def shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [N]: number of the shard that holds each row."""
+        return (np.searchsorted(self.shard_starts, rows, "right") - 1).astype(np.int32)
+
+    def members(self, rows: np.ndarray, exts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard int32 [N], offset int64 [N], size int64 [N]) of the first of `exts` that each row has; -1, -1 where none."""
+        rows = self._checked(rows)
+        codes = [self.extensions.index(ext) for ext in exts if ext in self.extensions]
+        index = self.columns.first_member(rows, codes)
+        found = index >= 0
+        offset, size = np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64)
+        offset[found] = self.columns["member_offset"][index[found]]
+        size[found] = self.columns["member_size"][index[found]]
+        return self.shard_of(rows), offset, size
+
+    def rows(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows in the order asked, with the types of `survey.SCHEMA`; all columns unless `columns` names some."""
+        rows = self._checked(rows)
+        names = SCHEMA.names if columns is None else list(columns)
+        arrays = [self._take(name, rows) for name in names]
+        return pa.Table.from_arrays(arrays, schema=pa.schema([SCHEMA.field(name) for name in names]))
+
+    def column(self, name: str) -> np.ndarray | pa.ChunkedArray:
+        """A whole column: a memory-mapped array for numbers (-1 where unknown), an Arrow array for texts and members."""
+        if name in ("key_hash", "width", "height"):
+            return self.columns[name]
+        if name == "shard":
+            return np.repeat(np.arange(len(self.shard_names), dtype=np.int32), np.diff(self.shard_starts))
+        if name == "key":
+            return pa.chunked_array([self.columns.texts("key")])
+        if name == "caption":
+            texts = self.columns.texts("caption")
+            return pa.chunked_array([pc.if_else(pc.greater(pc.binary_length(texts), 0), texts, None)])
+        return pq.read_table(self.samples_path, columns=[SCHEMA.field(name).name])[name]
+
+    def survey(self, shard: int) -> Survey:
+        """What the walk over shard number `shard` found, as it was added."""
+        row = self.shards.slice(shard, 1).to_pylist()[0]
+        faults = pq.read_table(
+            os.path.join(self._path, "faults.parquet"), filters=[("shard", "=", row["name"]), ("scope", "=", "shard")]
+        ).drop_columns(["scope"])
+        table = SCHEMA.empty_table() if row["row_group"] < 0 else self._read_group(row["row_group"], None)
+        counts = {name: row[name] for name in COUNTS if row[name] is not None}
+        return Survey(
+            row["name"], row["bytes"], table, [Fault(**fault) for fault in faults.to_pylist()], row["digest"], counts, row["stamp"]
+        )
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.samples):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a manifest with {self.samples}")
+        return rows
+
+    def _take(self, name: str, rows: np.ndarray) -> pa.Array:
+        if name == "shard":
+            return pa.array(self.shard_of(rows))
+        if name == "key_hash":
+            return pa.array(self.columns["key_hash"][rows])
+        if name in ("width", "height"):
+            values = self.columns[name][rows]
+            return pa.array(values, mask=values < 0)
+        if name in ("key", "caption"):
+            texts = self.columns.texts(name).take(pa.array(rows)).cast(pa.string())
+            return texts if name == "key" else pc.if_else(pc.greater(pc.binary_length(texts), 0), texts, pa.scalar(None, pa.string()))
+        if name == "members":
+            flat, counts = self.columns.members_of(rows)
+            codes = pa.array(self.columns["member_extension"][flat])
+            fields = [pa.array(self.extensions, pa.string()).take(codes)]
+            fields += [pa.array(self.columns[column][flat]) for column in ("member_offset", "member_size")]
+            kind = SCHEMA.field("members").type
+            starts = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
+            return pa.ListArray.from_arrays(starts, pa.StructArray.from_arrays(fields, fields=list(kind.value_type)))
+        if name == "meta":
+            return self._take_meta(rows)
+        raise KeyError(f"{name}: the manifest has the columns {', '.join(SCHEMA.names)}")
+
+    def _take_meta(self, rows: np.ndarray) -> pa.Array:
+        shards = self.shard_of(rows)
+        texts: list[str | None] = [None] * len(rows)
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            inside = rows[places] - self.shard_starts[shard]
+            for place, text in zip(places, self._meta_of(int(shard)).take(pa.array(inside)).to_pylist(), strict=True):
+                texts[place] = text
+        return pa.array(texts, pa.string())
+
+    def _meta_of(self, shard: int) -> pa.ChunkedArray:
+        with self._lock:
+            if shard in self._meta:
+                self._meta.move_to_end(shard)
+                return self._meta[shard]
+        column = self._read_group(self.shards["row_group"][shard].as_py(), ["meta"])["meta"]
+        with self._lock:
+            self._meta[shard] = column
+            while len(self._meta) > 1 and sum(kept.nbytes for kept in self._meta.values()) > META_BYTES:
+                self._meta.popitem(last=False)
+        return column
+
+    def _read_group(self, group: int, columns: list[str] | None) -> pa.Table:
+        with self._lock:
+            if self._parquet is None:
+                self._parquet = pq.ParquetFile(self.samples_path)
+            return self._parquet.read_row_group(group, columns=columns, use_threads=False)
+
+
+def default_folder(shards: str) -> str:
+    """Where the manifest of `shards` goes: `.diptych` beside local shards, or in the working folder if that cannot be written.
+
+    A single tar or a pattern has its own folder, so that it does not replace the manifest of the whole folder.
+    """
+    found = storage.list_shards(shards)
+    return _default_folder(shards, found)
+
+
+def open_manifest(shards: str, folder: str = "", jobs: int | None = None, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """The manifest of `shards`, built if there is none, brought up to date where shards or their statistics changed.
+
+    `progress` is called with (shards walked, shards to walk). Raises `ConfigError` if there are no shards, `ReadError`
+    if one cannot be read.
+    """
+    from diptych.datasets.manifest_build import bring_up_to_date
+
+    urls = storage.list_shards(shards)
+    return bring_up_to_date(urls, folder or _default_folder(shards, urls), jobs, progress, reuse=True)
+
+
+def build_manifest(shards: str, folder: str = "", jobs: int | None = None, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """The manifest of `shards`, with every shard walked anew. Otherwise as `open_manifest`."""
+    from diptych.datasets.manifest_build import bring_up_to_date
+
+    urls = storage.list_shards(shards)
+    return bring_up_to_date(urls, folder or _default_folder(shards, urls), jobs, progress, reuse=False)
+
+
+def common_root(urls: Sequence[str]) -> str:
+    """The deepest folder that holds all of `urls`."""
+    folders = [storage.parent(url) for url in urls]
+    low, high = min(folders).split("/"), max(folders).split("/")
+    shared = next((place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    root = "/".join(low[:shared]) or "/"
+    if not storage.is_local(urls[0]) and root.count("/") < 2:
+        raise ConfigError("shards", f"{urls[0]}, …, {urls[-1]}", "tars of one bucket or host", "Give each its own manifest.")
+    return root
+
+
+def _default_folder(shards: str, urls: Sequence[str]) -> str:
+    root = common_root(urls)
+    location = storage.absolute(shards).rstrip("/")
+    whole = storage.is_local(root) and os.path.isdir(location)
+    tag = hashlib.sha256(location.encode()).hexdigest()[:12]
+    if storage.is_local(root) and _writable(root):
+        return os.path.join(root, ".diptych") if whole else os.path.join(root, ".diptych", f"part-{tag}")
+    name = root.rpartition("/")[2] or "shards"
+    return os.path.abspath(os.path.join(".diptych", "manifests", f"{name}-{tag}"))
+
+
+def _writable(folder: str) -> bool:
+    # Root may write anywhere; a folder without any write bit was meant to be left alone.
+    return bool(os.stat(folder).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(folder, os.W_OK)
+
+
+def _download(folder: str, data: str, files: dict[str, int]) -> str:
+    """A local copy of a remote manifest, shared by the processes of this machine and user."""
+    tag = hashlib.sha256(folder.encode()).hexdigest()[:12]
+    local = os.path.join(tempfile.gettempdir(), f"diptych-{os.getuid()}", f"manifest-{tag}")
+    with storage.locked(local):
+        for name, size in files.items():
+            path = os.path.join(local, data, name)
+            if not os.path.isfile(path) or os.path.getsize(path) != size:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                temporary = storage.temporary_path(path)
+                fs, remote = storage.file_system(storage.join(folder, data, name))
+                with_retries(functools.partial(fs.get_file, remote, temporary), remote, 0, size, READ_RETRIES)
+                storage.replace_file(temporary, path)
+    return local
