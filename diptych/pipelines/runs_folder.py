@@ -51,6 +51,29 @@ def write_driver(run_dir: Path, facts: dict[str, Any]) -> None:
     temporary.replace(run_dir / "driver.json")
 
 
+def latest_state(run_dir: Path) -> dict[str, Any]:
+    """`state.json` of the newest checkpoint of the history that counts; empty before the first."""
+    from diptych.trainers.attempts import candidates
+    from diptych.trainers.runfolder import RunFolder
+
+    names = candidates(RunFolder(str(run_dir)))
+    return json.loads((run_dir / "checkpoints" / names[0] / "state.json").read_text()) if names else {}
+
+
+def last_line(run_dir: Path) -> dict[str, Any]:
+    """The newest logged line `{step, time, metrics}`, read from the end of the newest file; empty before the first."""
+    files = sorted((run_dir / "metrics").glob("a*.jsonl"))
+    if not files:
+        return {}
+    with files[-1].open("rb") as file:
+        file.seek(max(0, files[-1].stat().st_size - 16384))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        if line.startswith(b'{"step"') and line.endswith(b"}"):
+            return json.loads(line)
+    return {}
+
+
 def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """Make or reopen the run folder for this driver; returns what a former driver recorded.
 
@@ -62,7 +85,7 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
         if former["status"] == "running" and not tracking.driver_is_gone(former["driver"]) and former["driver"] != tracking.driver_identity():
             raise ConfigError("name", run_dir.name, "a run that nobody drives", f"It is driven by {former['driver']}; stop that first.")
         stored = RunConfig.from_json((run_dir / "config.json").read_text())
-        if former["status"] == "finished" and config.train.steps <= stored.train.steps:
+        if former["status"] in ("finished", "early_stopped") and config.train.steps <= stored.train.steps:
             raise ConfigError("name", run_dir.name, "an unfinished run or a new name", "Raise train.steps to continue a finished run.")
         _check_unchanged(stored, config)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,8 @@ class Tracker:
         self.uri = tracking_uri(config.tracking.uri)
         self.store = client(self.uri)
         self.run_dir = run_dir
-        self._logged: set[tuple[int, int]] = set()
+        self._logged: set[int] = set()
+        self._committed: tuple[int, int] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._monitor: Any = None
@@ -170,13 +171,21 @@ class Tracker:
                 self._stop.wait(5.0)
 
     def sync(self, final: bool = False) -> None:
-        """Log every committed line that MLflow does not have yet; with `final`, the uncommitted rest too."""
-        from diptych.trainers.checkpoint import read_metrics
+        """Log every line that a checkpoint has committed and MLflow does not have yet; with `final`, the rest too."""
+        from diptych.trainers.attempts import candidates, parse_checkpoint_name
+        from diptych.trainers.journal import read_metrics
+        from diptych.trainers.runfolder import RunFolder
 
-        new = [line for line in read_metrics(self.run_dir, committed=not final) if (line["attempt"], line["step"]) not in self._logged]
+        folder = RunFolder(str(self.run_dir))
+        newest = next((parse_checkpoint_name(name) for name in candidates(folder)), None)
+        if newest == self._committed and not final:
+            return
+        limit = float("inf") if final else newest[0] if newest else 0
+        new = [line for line in read_metrics(folder) if line["step"] <= limit and line["step"] not in self._logged]
         for batch in _batches(_metrics(new)):
             self.store.log_batch(self.run_id, metrics=batch)
-        self._logged |= {(line["attempt"], line["step"]) for line in new}
+        self._logged |= {line["step"] for line in new}
+        self._committed = newest
 
     def log_artifacts(self, folder: Path, target: str) -> None:
         """Copy the files of `folder` to the run's artifacts under `target`, if there are any."""

@@ -28,7 +28,7 @@ from diptych.pipelines.prepare import Prepared, prepare
 def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
     """Train, or resume the unfinished run of that name; returns `run_id, run_dir, step, samples, world_size, status, metrics`.
 
-    `status` is `finished`, `stopped` (asked to, or early stop) or `failed`. Raises `ConfigError` for what cannot start.
+    `status` is `finished`, `early_stopped`, `stopped` (asked to) or `failed`. Raises `ConfigError` for what cannot start.
     """
     ray_context.preflight(config)
     run_dir = runs_folder.run_folder(config)
@@ -83,7 +83,11 @@ def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     if errors:
         note(f"the run stands in {run_dir}; the same command with name={run_dir.name} resumes it")
         return _failure(run_dir, prepared.config, errors[0])
-    return json.loads(outcome.read_text())
+    result = json.loads(outcome.read_text())
+    if result["error"]:
+        note(f"failed: {result['error']}")
+        result |= {key: runs_folder.latest_state(run_dir).get(key, 0) for key in ("step", "samples")}
+    return result
 
 
 def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) -> None:
@@ -121,9 +125,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
 
 def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str, Any]:
     """The result of a run whose retries are spent: what it reached, and the workers' own message."""
-    from diptych.trainers.checkpoint import latest_state
-
-    state = latest_state(run_dir) or {"step": 0, "samples": 0}
+    state = runs_folder.latest_state(run_dir) or {"step": 0, "samples": 0}
     failures = getattr(error, "worker_failures", None) or {0: error}
     message = "; ".join(sorted({f"rank {rank}: {_root(cause)}" for rank, cause in failures.items()}))
     console.print(f"[bold red]failed[/] after {config.cluster.max_failures} retries: {message}", markup=True, highlight=False)
@@ -162,19 +164,18 @@ def _progress(run_dir: Path, config: RunConfig) -> Iterator[Any]:
     """A bar of steps with rate, waiting share and loss from the newest logged line; silent without a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from diptych.trainers.checkpoint import last_metrics
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(run_dir.name, total=config.train.steps, figures="starting workers")
 
         def show() -> None:
-            line = last_metrics(run_dir) if console.is_terminal else None
+            line = runs_folder.last_line(run_dir) if console.is_terminal else None
             if line:
                 values = line["metrics"]
-                figures = f"loss {values.get('loss', float('nan')):.4g} · {values.get('samples_per_second', 0):.0f} samples/s"
-                figures += f" · waiting {100 * values.get('wait_share', 0):.0f} %"
-                bar.update(task, completed=line["step"], figures=figures)
+                if "train/loss" in values:
+                    figures = f"loss {values['train/loss']:.4g} · {values['train/samples_per_second']:.0f} samples/s"
+                    figures += f" · waiting {100 * values['train/data_wait_share']:.0f} %"
+                    bar.update(task, completed=line["step"], figures=figures)
 
         yield show
 
@@ -192,7 +193,7 @@ def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | Non
         tracker.log_artifacts(run_dir / "ledger", "ledger")
     except Exception as error:  # A tracking server that is away must not turn a finished run into a failed one.
         note(f"artifacts not copied to MLflow ({error}); they stand in {run_dir}")
-    tracker.end({"finished": "FINISHED", "stopped": "KILLED", "killed": "KILLED"}.get(status, "FAILED"))
+    tracker.end({"finished": "FINISHED", "early_stopped": "FINISHED", "stopped": "KILLED", "killed": "KILLED"}.get(status, "FAILED"))
 
 
 def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:

@@ -1,0 +1,113 @@
+"""What runs on every training worker: build task, strategy and streams, train, leave the result in the run folder.
+
+`train_worker` is Ray Train's entry; `run_session` is the same without Ray, for a process group that somebody else made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.batches import Fault, StepBatch
+from diptych.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from diptych.datasets.stream import StreamSpec
+
+StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[StepBatch]]
+"""`(spec, rank, world_size, start_step, stop_step)` → this worker's shares; a stop of None is the end of a finite stream."""
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """Ray Train's `train_loop_per_worker`."""
+    import torch
+    from ray.train.torch import get_device
+
+    from diptych.datasets.ray_stream import RayStream
+
+    config = RunConfig.from_json(payload["config"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    cpus = config.cluster.data_cpus / config.workers
+    run_session(payload, config, get_device(), partial(RayStream, cpus=cpus))
+
+
+def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device, make_stream: StreamFactory) -> dict[str, Any]:
+    """Train from where the run stands to its end; rank 0 also writes `result.json`.
+
+    Errors that all workers raise together and that a retry would only repeat (a spent fault budget, a diverged loss, a
+    configuration that does not fit) end the run as `failed`; everything else is raised, and Ray tries again.
+    """
+    import torch
+
+    from diptych.trainers.guard import Diverged
+    from diptych.trainers.loop import train
+    from diptych.trainers.precision import set_deterministic
+    from diptych.trainers.progress import FaultBudgetExceeded
+    from diptych.trainers.recorder import Recorder, start_attempt
+    from diptych.trainers.strategies import make_strategy
+    from diptych.trainers.tasks import load_task_class
+    from diptych.trainers.world import World
+
+    run_dir = Path(payload["run_dir"])
+    world = World.current(device)
+    result: dict[str, Any]
+    try:
+        if config.train.deterministic:
+            set_deterministic()
+        torch.manual_seed(config.seed)
+        strategy = make_strategy(config, load_task_class(config.task.name)(config.task, config.seed), device)
+        attempt = start_attempt(str(run_dir), world)
+        recorder = Recorder(str(run_dir), attempt, world, config, payload["digest"])
+
+        def stream(step: int) -> Iterable[StepBatch]:
+            return make_stream(payload["train"], world.rank, world.size, step, config.train.steps)
+
+        def validation() -> Iterable[StepBatch]:
+            return make_stream(payload["validation"], world.rank, world.size, 0, None)
+
+        ended = train(
+            config, strategy, stream, validation if payload["validation"] is not None else None, recorder, _callbacks(run_dir, attempt.attempt)
+        )
+        result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
+    except (ConfigError, Diverged, FaultBudgetExceeded) as error:
+        result = {"status": "failed", "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
+    result["world_size"] = world.size
+    if world.rank == 0:
+        temporary = run_dir / "result.json.tmp"
+        temporary.write_text(json.dumps(result))
+        temporary.replace(run_dir / "result.json")
+    return result
+
+
+def _callbacks(run_dir: Path, attempt: int) -> Any:
+    from diptych.datasets.ledger import Ledger
+    from diptych.trainers.loop import Callbacks
+
+    ledger = Ledger(str(run_dir), attempt)
+    asked = _StopFile(run_dir / "stop")
+
+    def record(step: int, rank: int, faults: list[Fault]) -> None:
+        ledger.record(step, rank, faults)
+
+    return Callbacks(should_stop=asked, record_faults=record)
+
+
+class _StopFile:
+    """Whether the driver has asked to stop; looks at most twice a second. Lives in its worker and travels nowhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._next, self._asked = path, 0.0, False
+
+    def __call__(self) -> bool:
+        if not self._asked and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.5
+            self._asked = self.path.exists()
+        return self._asked
