@@ -29,7 +29,7 @@ from diptych.config import ConfigError
 from diptych.datasets import storage
 from diptych.datasets.columns import Columns
 from diptych.datasets.manifest_writer import COUNTS, FORMAT
-from diptych.datasets.ranged import with_retries
+from diptych.datasets.ranged import READ_RETRIES, with_retries
 from diptych.datasets.survey import SCHEMA, Survey
 
 META_BYTES = 1 << 27
