@@ -118,7 +118,8 @@ class Task(nn.Module, abc.ABC):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of the trainable parameters; gains, biases and scalars are not decayed."""
-        decay, plain = [], []
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for _, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (decay if parameter.ndim >= 2 else plain).append(parameter)

@@ -1,0 +1,206 @@
+"""The loop: next batch, step, log, validate, checkpoint. It knows no model, no Ray and no MLflow."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from diptych.batches import Fault, StepBatch
+from diptych.config import RunConfig
+from diptych.trainers.guard import Guard
+from diptych.trainers.objective import accumulate, loss_value
+from diptych.trainers.optim import learning_rate
+from diptych.trainers.progress import Progress
+from diptych.trainers.recorder import Recorder
+from diptych.trainers.strategies import Strategy
+from diptych.trainers.task import Batch, Task, Term
+from diptych.trainers.throughput import Throughput, peak_flops
+from diptych.trainers.validation import mean_terms, to_device, validate
+
+log = logging.getLogger(__name__)
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class Callbacks:
+    """What the caller wants to hear. Each is called on the worker that it concerns, and must not use collectives."""
+
+    should_stop: Callable[[], bool] = _never
+    """Asked on every worker before every step; True on any of them ends the run after that step, with a checkpoint."""
+    record_faults: Callable[[int, int, list[Fault]], None] | None = None
+    """`(step, rank, faults)` for every share that met bad samples; step -1 for validation."""
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None
+    """`(steps done, figures)` on every worker, whenever there are new ones; the same figures on each."""
+    show: Callable[[int, Task], None] | None = None
+    """`(steps done, task)` on every worker after each validation, with averaged weights, in evaluation mode."""
+
+
+@dataclass
+class TrainResult:
+    """How a run ended."""
+
+    status: str
+    """`finished`, `stopped` (asked to) or `early_stopped` (out of patience)."""
+    step: int
+    """Optimizer steps done over all attempts."""
+    samples: int
+    """Samples that the steps took."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The newest value of each figure of this attempt."""
+
+
+def train(
+    config: RunConfig,
+    strategy: Strategy,
+    stream: Callable[[int], Iterable[StepBatch]],
+    validation: Callable[[], Iterable[StepBatch]] | None,
+    recorder: Recorder,
+    *,
+    callbacks: Callbacks | None = None,
+) -> TrainResult:
+    """Train `strategy.task` from where the attempt's checkpoint stands to `config.train.steps`.
+
+    `stream(step)` yields this worker's share of every step from `step` on; `validation()` yields the held-out shares,
+    equally many on every worker. Raises `Diverged`, `FaultBudgetExceeded`, `Fenced`, or what the stream raises.
+    """
+    session = _Session(config, strategy, validation, recorder, callbacks or Callbacks())
+    progress, steps = session.progress, config.train.steps
+    status = session.status()
+    if status:
+        recorder.close(progress.step)
+        return session.result(status)
+    for share in session.throughput.timed(stream(progress.step)):
+        if share.step != progress.step:
+            raise RuntimeError(f"the stream delivered step {share.step} where step {progress.step} was due; nothing was trained on it")
+        recorder.rows(share)
+        batch = to_device(share.arrays, strategy.world.device)
+        batch |= strategy.task.draws(batch)
+        totals, stop = session.agree(share, batch)
+        terms, report = accumulate(strategy, batch, config.train.micro_batches, totals, seed=config.seed, step=progress.step)
+        lr = learning_rate(config.optim, steps, progress.step)
+        norm = strategy.step(progress.step, lr)
+        session.guard.watch(progress.step, norm)
+        progress.step += 1
+        session.throughput.step()
+        ends = stop or progress.step == steps
+        if ends or progress.step % config.train.log_every == 0:
+            session.guard.check()
+            session.log(terms, report, {"grad_norm": norm, "lr": lr})
+        if session.due(config.validation.every_steps, ends and not stop):
+            session.validate()
+        status = "stopped" if stop and progress.step < steps else session.status()
+        if session.due(config.checkpoint.every_steps, bool(status)):
+            session.guard.check()
+            recorder.checkpoint(strategy, progress)
+        if status:
+            recorder.close(progress.step)
+            return session.result(status)
+    raise RuntimeError(f"the stream ended after step {progress.step} of {steps}")
+
+
+class _Session:
+    """What the loop keeps between steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        strategy: Strategy,
+        validation: Callable[[], Iterable[StepBatch]] | None,
+        recorder: Recorder,
+        callbacks: Callbacks,
+    ) -> None:
+        self.config, self.strategy, self.validation, self.recorder, self.callbacks = config, strategy, validation, recorder, callbacks
+        world, task = strategy.world, strategy.task
+        self.progress: Progress = recorder.restore(strategy)
+        self.guard = Guard(config, world.device)
+        peak = peak_flops(world.device, strategy.precision.name)
+        self.throughput = Throughput(config.train.global_batch_size, peak, task.flops_per_sample, world.size)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.metrics: dict[str, float] = {}
+        if world.rank == 0:
+            log.info("precision %s (%s)", strategy.precision.name, strategy.precision.reason)
+            log.info("optimizer state: %d bytes on this worker of %d", strategy.optimizer_bytes(), world.size)
+
+    def agree(self, share: StepBatch, batch: Batch) -> tuple[dict[str, torch.Tensor], bool]:
+        """Weight of each term over the global batch, and whether any worker wants to stop; one collective for both.
+
+        Faults are counted in it too, and their names exchanged only where there are any.
+        """
+        weights = self.strategy.task.weights(batch)
+        tokens = (batch["token_mask"] * batch["weight"][:, None]).sum() if "token_mask" in batch else batch["weight"].new_zeros(())
+        device = self.strategy.world.device
+        flags = torch.tensor([float(self.callbacks.should_stop()), float(len(share.faults))], dtype=torch.float64)
+        parts = [weight.detach().double().reshape(()) for weight in weights.values()]
+        packed = torch.cat([torch.stack([*parts, tokens.double()]), flags.to(device)])
+        self.strategy.world.sum_(packed)
+        self.tokens += packed[-3]
+        self._report_faults(share.step, share.faults)
+        # With one worker the flags are known here, and nothing has to wait for the device.
+        stop, faults = (flags if self.strategy.world.size == 1 else packed[-2:]).tolist()
+        if faults:
+            self.progress.count_faults(self.strategy.world, share.faults, self.config.data.fault_budget)
+        return {name: packed[index].float() for index, name in enumerate(weights)}, stop > 0
+
+    def _report_faults(self, step: int, faults: list[Fault]) -> None:
+        if faults and self.callbacks.record_faults is not None:
+            self.callbacks.record_faults(step, self.strategy.world.rank, faults)
+
+    def log(self, terms: dict[str, Term], report: dict[str, Term], plain: dict[str, torch.Tensor | float]) -> None:
+        """Figures of the step just done, over all workers, and rates since the last line."""
+        figures = mean_terms(self.strategy.world, terms | report)
+        loss = loss_value(self.strategy.task, {name: figures[name] for name in terms})
+        figures = {"loss": loss} | figures | {name: float(value) for name, value in plain.items()}
+        figures |= self.throughput.rates(float(self.tokens))
+        self.tokens.zero_()
+        self._publish({f"train/{name}": value for name, value in figures.items()})
+
+    def validate(self) -> None:
+        """Figures of the held-out samples; counts for early stopping and the best checkpoint."""
+        if self.validation is None or self.config.validation.samples == 0:
+            return
+        self.guard.check()
+        begin = time.perf_counter()
+        found: list[Fault] = []
+
+        def collect(_: int, faults: list[Fault]) -> None:
+            found.extend(faults)
+
+        figures, samples = validate(self.strategy, self.validation(), self.config.seed, collect)
+        self._report_faults(-1, found)
+        self.progress.count_faults(self.strategy.world, found, self.config.data.fault_budget)
+        if samples:
+            self.progress.judge(self.config, figures)
+            self._publish(figures)
+        if self.callbacks.show is not None:
+            with torch.no_grad(), self.strategy.averaged(), self.strategy.whole():
+                self.strategy.task.eval()
+                self.callbacks.show(self.progress.step, self.strategy.task)
+                self.strategy.task.train()
+        self.throughput.paused(begin)
+
+    def _publish(self, figures: dict[str, float]) -> None:
+        self.metrics |= figures
+        self.recorder.metrics(self.progress.step, figures)
+        if self.callbacks.on_metrics is not None:
+            self.callbacks.on_metrics(self.progress.step, figures)
+
+    def due(self, every: int, ends: bool) -> bool:
+        """Whether something that happens every `every` steps (0 = only at the end) happens now."""
+        return ends or (every > 0 and self.progress.step % every == 0)
+
+    def status(self) -> str:
+        """How the run has ended, or an empty string while it has not."""
+        if self.progress.exhausted(self.config):
+            return "early_stopped"
+        return "finished" if self.progress.step >= self.config.train.steps else ""
+
+    def result(self, status: str) -> TrainResult:
+        """The run's end."""
+        return TrainResult(status, self.progress.step, self.progress.step * self.config.train.global_batch_size, self.metrics)

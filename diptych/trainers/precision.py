@@ -1,0 +1,68 @@
+"""Numeric precision: what `auto` means on this machine and why, the autocast context, fp16's loss scaling."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A resolved precision for one device."""
+
+    name: str
+    """fp32, bf16 or fp16."""
+    reason: str
+    """Why, for the log."""
+    device_type: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products; weights, optimizer state and reductions stay fp32."""
+        return _DTYPES[self.name]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Autocast to `dtype`, or nothing in fp32."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Dynamic loss scaling, switched on for fp16 alone."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """`auto` → bf16 where the device multiplies it fast (CUDA ≥ 8.0, CPUs with AMX), else fp32; other names as they are."""
+    if name != "auto":
+        return Precision(name, "as configured", device.type)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fast, found = major >= 8, f"CUDA capability {major}.{minor}"
+    else:
+        fast = "amx_bf16" in _cpu_flags()
+        found = "the CPU has amx_bf16" if fast else "the CPU has no amx_bf16"
+    return Precision("bf16" if fast else "fp32", found, device.type)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def set_deterministic() -> None:
+    """Deterministic kernels: bitwise equal runs on a GPU, at some speed; an operation without one raises."""
+    import os
+
+    # cuBLAS reads it when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,101 @@
+"""Everything that one attempt writes to its run folder, and the start of an attempt; the loop calls nothing else to store."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from diptych.batches import StepBatch
+from diptych.config import RunConfig
+from diptych.trainers.attempts import Attempt, check_fence, checkpoint_name
+from diptych.trainers.checkpoint import Checkpoint, CheckpointWriter, begin_attempt, load
+from diptych.trainers.journal import MetricsLog, Trace
+from diptych.trainers.progress import Progress
+from diptych.trainers.runfolder import RunFolder
+from diptych.trainers.strategies import Strategy
+from diptych.trainers.world import World
+
+log = logging.getLogger(__name__)
+
+
+def start_attempt(url: str, world: World) -> Attempt:
+    """Begin an attempt on rank 0 and tell every worker; the stream starts at its `start_step`."""
+    return world.broadcast_object(begin_attempt(url, world.size) if world.rank == 0 else None)
+
+
+class Recorder:
+    """Checkpoints, metrics and trace of one attempt. Every worker has one; rank 0 writes what is common."""
+
+    def __init__(self, url: str, attempt: Attempt, world: World, config: RunConfig, digest: str = "") -> None:
+        self.folder, self.attempt, self.world, self.config, self.digest = RunFolder(url), attempt, world, config, digest
+        self.metrics_log = MetricsLog(self.folder, attempt.attempt) if world.rank == 0 else None
+        self.trace = Trace(self.folder, attempt.attempt, world.rank) if config.data.trace else None
+        self.writer = CheckpointWriter(self.folder, attempt.attempt, config.checkpoint.keep) if world.rank == 0 else None
+
+    def restore(self, strategy: Strategy) -> Progress:
+        """Load the checkpoint that the attempt decided on, if any; where training stands."""
+        if self.attempt.resumed_from is None:
+            return Progress()
+        checkpoint = load(self.folder, self.attempt.resumed_from)
+        self._check_data(checkpoint)
+        strategy.load_state(checkpoint.tensors)
+        log.info("attempt %d resumes from %s", self.attempt.attempt, checkpoint.name)
+        return Progress.from_state(checkpoint.state)
+
+    def _check_data(self, checkpoint: Checkpoint) -> None:
+        known = checkpoint.state.get("digest", "")
+        if self.digest and known and self.digest != known:
+            raise ValueError(
+                f"data.shards: {self.config.data.shards} has digest {self.digest}, the run in {self.folder.url} was trained on {known}. "
+                "Point data.shards at the same data, or start a new run with another name."
+            )
+
+    def rows(self, share: StepBatch) -> None:
+        """Note which samples this worker was given."""
+        if self.trace is not None:
+            self.trace.add(share.step, share.arrays)
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line of figures after `step` steps."""
+        if self.metrics_log is not None:
+            self.metrics_log.add(step, metrics)
+
+    def checkpoint(self, strategy: Strategy, progress: Progress) -> None:
+        """Copy the state now and write it behind the next steps. Every worker calls it at the same step."""
+        self._flush(progress.step)
+        tensors = strategy.state()
+        best = progress.saving(self.config, checkpoint_name(progress.step, self.attempt.attempt))
+        if self.writer is not None:
+            assert tensors is not None
+            assert self.metrics_log is not None
+            self.writer.save(tensors, progress.to_state() | self._facts(progress), best, self.metrics_log.committed)
+
+    def _facts(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "slot": progress.step * self.config.train.global_batch_size,
+            "samples": progress.step * self.config.train.global_batch_size,
+            "world_size": self.world.size,
+            "attempt": self.attempt.attempt,
+            "digest": self.digest,
+            "config": json.loads(self.config.to_json()),
+        }
+
+    def _flush(self, step: int) -> None:
+        """Bring trace and metrics to the folder on every worker, so that what a checkpoint stands for is there before it counts."""
+        if self.metrics_log is not None:
+            self.metrics_log.flush()
+        if self.trace is not None:
+            self.trace.flush(step)
+            self.world.barrier()
+
+    def check_fence(self) -> None:
+        """Raise `Fenced` on rank 0 once a newer attempt has taken over."""
+        if self.world.rank == 0:
+            check_fence(self.folder, self.attempt.attempt)
+
+    def close(self, step: int) -> None:
+        """Write what is left and wait for the last checkpoint; raises its error."""
+        if self.writer is not None:
+            self.writer.wait()
+        self._flush(step)

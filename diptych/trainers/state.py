@@ -1,0 +1,67 @@
+"""The whole state of training as full tensors per parameter, so that any world size and either strategy loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments, under torch's and DeepSpeed's common names."""
+
+
+@dataclass
+class TrainState:
+    """Full fp32 tensors on the CPU, by parameter name. Empty parts were not saved, and loading leaves them fresh."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Every parameter (fp32 master weights under ZeRO) and every persistent buffer."""
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """`exp_avg/<parameter>`, `exp_avg_sq/<parameter>` and `step/<parameter>` (AdamW's counter, `[]`)."""
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """Averages of the trainable parameters."""
+    scaler: dict[str, float | int] = field(default_factory=dict)
+    """fp16's loss scale and its growth counter."""
+
+
+def trainable(task: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, tied ones once, in a fixed order."""
+    return {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+
+
+def persistent_buffers(task: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the state dict, by name."""
+    hidden = {
+        f"{prefix}.{name}" if prefix else name for prefix, module in task.named_modules() for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in task.named_buffers() if name not in hidden}
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that later steps do not touch; one synchronisation for all of them."""
+    copies = {}
+    for name, tensor in tensors.items():
+        source = tensor.detach()
+        if source.device.type == "cpu":
+            copies[name] = source.clone(memory_format=torch.contiguous_format)
+        else:
+            copies[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
+    """Copy `values` into `targets` by name; `ValueError` naming the difference unless names and shapes agree."""
+    missing, unknown = sorted(set(targets) - set(values)), sorted(set(values) - set(targets))
+    if missing or unknown:
+        raise ValueError(
+            f"{what}: the checkpoint does not fit the task: missing {missing[:5] or 'none'}, unknown {unknown[:5] or 'none'}. "
+            "Was the run started with another task configuration? Resume with the stored config.json, or use a new name."
+        )
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            raise ValueError(f"{what}: {name} has shape {list(values[name].shape)} in the checkpoint, {list(target.shape)} in the task")
+        target.copy_(values[name])
