@@ -139,7 +139,7 @@ class ManifestWriter:
             fs, path = storage.file_system(storage.join(self.folder, self._data))
             fs.makedirs(path, exist_ok=True)
             for name in facts["files"]:
-                fs.put_file(os.path.join(self._path, name), f"{path}/{name}")
+                storage.upload(os.path.join(self._path, name), storage.join(self.folder, self._data, name))
         previous = _data_of(self.folder)
         storage.write_bytes(storage.join(self.folder, "manifest.json"), json.dumps(facts, indent=2).encode())
         self._committed = True

@@ -48,11 +48,13 @@ __all__ = [
     "read_bytes",
     "read_range",
     "read_ranges",
+    "remove",
     "replace_file",
     "size",
     "stat",
     "stat_many",
     "temporary_path",
+    "upload",
     "write_bytes",
 ]
 
@@ -152,6 +154,21 @@ def write_bytes(url: str, data: bytes) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def upload(path: str, url: str) -> None:
+    """Copy a local file to a remote place, where it appears whole."""
+    fs, target = file_system(url)
+    with_retries(functools.partial(fs.put_file, path, target), url, 0, os.path.getsize(path), READ_RETRIES)
+
+
+def remove(url: str) -> None:
+    """Delete one file. Raises `FileNotFoundError`."""
+    if is_local(url):
+        os.unlink(local_path(url))
+        return
+    fs, path = file_system(url)
+    fs.rm_file(path)
 
 
 def temporary_path(path: str) -> str:
