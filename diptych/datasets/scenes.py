@@ -9,9 +9,12 @@ Grammar: `a <colour> <shape> <relation> <a|two|three> <colour> <shape>[s] on a <
 from __future__ import annotations
 
 import functools
+import io
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -103,6 +106,23 @@ def render(seed: int, index: int, size: int = 128) -> tuple[Image.Image, str]:
     for place, (colour, shape) in _places(scene, rng):
         _draw(canvas, place, colour, shape, rng)
     return canvas.reduce(_SUPERSAMPLE), scene.caption
+
+
+def samples(seed: int, start: int, stop: int, size: int = 128) -> Iterator[dict[str, Any]]:
+    """Scenes `start` to `stop` as `shards.ShardWriter` takes them: `jpg`, `txt`, and what they show as `json`."""
+    for index in range(start, stop):
+        image, caption = render(seed, index, size)
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=92)
+        scene = describe(seed, index)
+        facts = {
+            "colour": scene.first[0],
+            "shape": scene.first[1],
+            "relation": scene.relation,
+            "count": scene.count,
+            "ground": scene.ground,
+        }
+        yield {"jpg": data.getvalue(), "txt": caption, "json": facts | {"scene": index}}
 
 
 def _ground(name: str, side: int, rng: np.random.Generator) -> Image.Image:
