@@ -1,0 +1,93 @@
+"""Image to prompt embedding: the cosine between a projected image and the sentence embedding of its prompt.
+
+Shapes: B images, H = W pixels, D dimension of the embeddings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diptych.recipes.clip_vit import ClipVitConfig
+from diptych.trainers.retrieval import recall_at
+from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.vision_towers import build_tower
+
+
+class ClipVitTask(Task):
+    """A vision transformer and a linear projection."""
+
+    name: ClassVar[str] = "clip_vit"
+    config: ClipVitConfig
+
+    def __init__(self, config: ClipVitConfig, seed: int) -> None:
+        """Raises `ConfigError` on a model that is no vision transformer, or has fewer blocks than `task.unfreeze_from`."""
+        super().__init__(config, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tower = build_tower(config)
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in (("mean", self.tower.mean), ("std", self.tower.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 `[B, H, W, 3]` → float32 `[B, 3, H, W]`, normalised on the device as the weights expect."""
+        return (image.permute(0, 3, 1, 2).to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples."""
+        return {"cosine_loss": batch["weight"].sum()}
+
+    def forward(self, batch: Batch) -> Output:
+        """−cosine or 1 − cosine of the samples."""
+        cosine = functional.cosine_similarity(self.tower(self.pixels(batch["image"])).float(), batch["text_embedding"])
+        return Output(terms={"cosine_loss": self._term(cosine, batch["weight"])}, report={"cosine": _report(cosine, batch["weight"])})
+
+    def _term(self, cosine: Tensor, weight: Tensor) -> Term:
+        loss = -cosine if self.config.loss == "cosine" else 1 - cosine
+        return Term((loss * weight).sum(), weight.sum())
+
+    def validate(self, batch: Batch) -> Validation:
+        """The loss, and both embeddings of each sample."""
+        prediction = self.predict(batch["image"])
+        cosine = functional.cosine_similarity(prediction, batch["text_embedding"])
+        rows = {"prediction": prediction, "target": functional.normalize(batch["text_embedding"], dim=-1)}
+        return Validation(terms={"cosine_loss": self._term(cosine, batch["weight"])}, rows=rows)
+
+    def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """Mean cosine over all samples, the same for always predicting the mean target, and recall@k among the targets."""
+        prediction, target = rows["prediction"].float(), rows["target"].float()
+        baseline = functional.cosine_similarity(target.mean(0, keepdim=True), target)
+        figures = {"cosine": float((prediction * target).sum(-1).mean()), "mean_target_cosine": float(baseline.mean())}
+        same = torch.unique(target, dim=0, return_inverse=True)[1]
+        return figures | {f"recall_at_{k}": share for k, share in recall_at(prediction, target, same).items()}
+
+    def predict(self, image: Tensor) -> Tensor:
+        """uint8 `[B, H, W, 3]` → L2-normalised embeddings float32 `[B, D]`."""
+        return functional.normalize(self.tower(self.pixels(image)).float(), dim=-1)
+
+    def set_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        self.tower.set_gradient_checkpointing()
+
+    def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
+        """Random pixels and targets."""
+        generator = torch.Generator().manual_seed(seed)
+        side = self.config.image_size
+        image = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
+        target = torch.randn(batch_size, self.config.embedding_dim, generator=generator)
+        return synthetic_rows(batch_size) | {"image": image, "text_embedding": target}
+
+    def export(self, folder: Path) -> None:
+        """clip: what `CLIPVisionModel` loads, with `projection.safetensors`; timm: what `timm.create_model("local-dir:…")` loads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tower.export(folder)
+
+
+def _report(cosine: Tensor, weight: Tensor) -> Term:
+    return Term((cosine.detach() * weight).sum(), weight.sum())
