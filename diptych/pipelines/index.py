@@ -1,0 +1,80 @@
+"""`diptych index SHARDS`: builds or checks the manifest and prints every fault found."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from diptych.pipelines.console import finish, note, progress, show_faults
+
+
+def run(
+    shards: str, manifest: str = "", jobs: int = 0, rebuild: bool = False, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Bring the manifest of `shards` up to date and return what it knows.
+
+    Keys: `shards`, `samples`, `failed_downloads`, `digest`, `faults` (each with `shard`, `key`, `kind`, `detail`).
+    `manifest` is its folder (empty = beside the shards), `jobs` 0 is one walk per core, `rebuild` walks unchanged shards
+    again, `progress` is called with (shards walked, shards to walk). Raises `ConfigError` if there are no shards.
+    """
+    from diptych.datasets.manifest import build_manifest, open_manifest
+
+    found = (build_manifest if rebuild else open_manifest)(shards, manifest, jobs or None, progress)
+    faults = [{name: value for name, value in asdict(fault).items() if name != "slot"} for fault in found.faults]
+    return {
+        "shards": len(found.shard_names),
+        "samples": found.samples,
+        "failed_downloads": found.failed_downloads,
+        "digest": found.digest,
+        "faults": faults,
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the result for people: the counts, faults by kind, then the first faults one by one."""
+    note(f"{result['samples']:,} samples in {result['shards']:,} shards, {result['failed_downloads']:,} failed downloads")
+    note(f"digest {result['digest']}")
+    if not result["faults"]:
+        note("no faults")
+        return
+    kinds = Counter(fault["kind"] for fault in result["faults"])
+    note("faults: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
+    show_faults(result["faults"])
+
+
+def command(
+    shards: Annotated[str, typer.Argument(help="folder or URL of tars, a glob, or a brace pattern")],
+    *,
+    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="walk unchanged shards again")] = False,
+    jobs: Annotated[int, typer.Option(help="walks at a time; 0 = one per core")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+) -> None:
+    """Build or check the manifest of SHARDS; status 1 if faults were found, each of which is printed.
+
+    Example: diptych index shards/ --json
+    """
+    with contextlib.ExitStack() as stack:
+        advance, walked = None, 0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal advance, walked
+            advance = advance or stack.enter_context(progress("walking shards", total))
+            advance(done - walked)
+            walked = done
+
+        result = run(shards, manifest, jobs, rebuild, on_progress)
+    report(result)
+    finish(result, json, failed=bool(result["faults"]))
+
+
+if __name__ == "__main__":
+    from diptych.cli import main
+
+    main(["index", *sys.argv[1:]])
