@@ -10,6 +10,8 @@ UV_VERSION := 0.13.8
 comma := ,
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-all lint format bench docs pins clean
@@ -19,7 +21,7 @@ help:  ## Show the targets
 
 install: .uv/bin/uv  ## Make or update the environment in .venv (EXTRAS=gpu,… chooses the extras)
 	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$(PYTHON)" .venv
-	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[$(EXTRAS)]"
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt $(COMPILE) --editable ".[$(EXTRAS)]"
 	@touch $(STAMP)
 
 .uv/bin/uv:
