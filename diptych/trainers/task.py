@@ -9,7 +9,7 @@ loss sees the whole global batch however it was split.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -53,6 +53,23 @@ class Validation:
     """`[B, …]` per-sample tensors, gathered from all workers in slot order for `Task.summarise`."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """As `Output.features`: gathered from all workers, so that `contrast` sees the whole validation batch."""
+
+
+class Table(NamedTuple):
+    """A table for people, which `evaluate` prints, logs and writes as csv and HTML."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass
+class Evaluation:
+    """What `Task.evaluate` returns."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures by name, beside those of `validate` and `summarise`."""
+    tables: list[Table] = field(default_factory=list)
 
 
 class Task(nn.Module, abc.ABC):
@@ -138,6 +155,13 @@ class Task(nn.Module, abc.ABC):
     def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of the gathered `Validation.rows` of the whole validation set (retrieval, mean cosine, …)."""
         return {}
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """What is too slow for validation in the loop (generated texts, …) on held-out `batches`, in one process.
+
+        Called under `no_grad` and `eval()`. Batches are those of `validate`, on the task's device; rows of weight zero are padding.
+        """
+        return Evaluation()
 
     @abc.abstractmethod
     def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
