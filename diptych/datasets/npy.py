@@ -55,7 +55,7 @@ def open_npy(url: str) -> NpyFile:
         raise ValueError(f"{url} is not a .npy file: {error}") from None
     if dtype.hasobject:
         raise ValueError(f"{url} holds pickled Python objects, which are never loaded; save it as an array of floats")
-    if len(shape) != 2 or fortran or dtype.kind != "f":
+    if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.itemsize > 8:
         order = "Fortran order" if fortran else "C order"
         raise ValueError(f"{url} holds {dtype} {list(shape)} in {order}; expected float [rows, dim] in C order")
     found = NpyFile(url, int(shape[0]), int(shape[1]), dtype, stream.tell())
@@ -82,7 +82,9 @@ class NpyWriter:
         self._temporary = ""
         if ranged.is_local(url):
             path = ranged.local_path(url)
-            handle, self._temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=os.path.dirname(path) or ".")
+            handle, self._temporary = tempfile.mkstemp(
+                prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=os.path.dirname(path) or "."
+            )
             self._stream = os.fdopen(handle, "wb", buffering=0)
         else:
             fs, path = ranged.file_system(url)

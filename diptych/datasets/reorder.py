@@ -199,35 +199,38 @@ def _write_shard(arrays: Sequence[NpyFile], records: np.ndarray, rows: int, widt
     with NpyWriter(path, dtype, rows, dim) as writer:
         for start in range(0, rows, window):
             part = slice(*np.searchsorted(index, (start, start + window)))
-            block = np.zeros((min(window, rows - start), dim), dtype)
-            bad = _gather(arrays, records[part], index[part] - start, block)
-            unusable.append(bad + start)
+            block = _gather(arrays, records["source"][part], index[part] - start, min(window, rows - start))
+            bad = index[part][~_usable(block)[index[part] - start]]
+            block[bad - start] = 0
+            unusable.append(bad)
             writer.write(block)
     return np.concatenate(unusable) if unusable else np.empty(0, np.int64)
 
 
-def _gather(arrays: Sequence[NpyFile], records: np.ndarray, index: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """Copy the records' rows to `block[index]`; unusable ones stay zero and their indices are returned, sorted."""
-    order = np.argsort(records["source"])
-    source, index = records["source"][order], index[order]
-    row_bytes = block.dtype.itemsize * block.shape[1]
-    gap, most = max(1, ranged.LOCAL_GAP // row_bytes), max(1, WINDOW_BYTES // row_bytes)
+def _gather(arrays: Sequence[NpyFile], source: np.ndarray, index: np.ndarray, rows: int) -> np.ndarray:
+    """A block of `rows` rows with the sources' rows at `index`, and zeros elsewhere."""
+    order = np.argsort(source)
+    source, index = source[order], index[order]
+    gap, most = max(1, ranged.LOCAL_GAP // arrays[0].row_bytes), max(1, WINDOW_BYTES // arrays[0].row_bytes)
     # Partitions differ by 2^40, so they never share a run.
     starts = np.concatenate(([0], np.flatnonzero(np.diff(source) > gap) + 1, [len(source)]))
-    unusable = [np.empty(0, np.int64)]
+    block = np.zeros((rows, arrays[0].dim), arrays[0].dtype)
     for start, stop in itertools.pairwise(starts.tolist()):
         while start < stop:
-            count = int(np.searchsorted(source[start:stop], source[start] + most))
-            part = slice(start, start + count)
+            end = start + int(np.searchsorted(source[start:stop], source[start] + most))
             file, first = divmod(int(source[start]), 1 << ROW_BITS)
-            rows = source[part] - source[start]
-            found = arrays[file].read(first, first + int(rows[-1]) + 1)
-            found = found if len(found) == count else found[rows]
-            usable = _usable(found)
-            block[index[part]] = found if usable.all() else np.where(usable[:, None], found, 0)
-            unusable.append(index[part][~usable])
-            start += count
-    return np.sort(np.concatenate(unusable))
+            wanted = source[start:end] - source[start]
+            found = arrays[file].read(first, first + int(wanted[-1]) + 1)
+            if end - start == len(source):  # the usual case: all of it in one read, copied once
+                where = np.zeros(rows, np.int64)
+                where[index] = wanted
+                np.take(found, where, axis=0, out=block, mode="clip")
+                where[index] = -1
+                block[where >= 0] = 0
+            else:
+                block[index[start:end]] = np.take(found, wanted, axis=0)
+            start = end
+    return block
 
 
 def _usable(rows: np.ndarray) -> np.ndarray:

@@ -38,7 +38,9 @@ def open_shards(config: RunConfig) -> Manifest:
     from diptych.datasets.manifest import open_manifest
 
     if not config.data.shards:
-        raise ConfigError("data.shards", "", "a folder or URL of webdataset tars", "Example: data.shards=shards/. `diptych pack` makes some.")
+        raise ConfigError(
+            "data.shards", "", "a folder or URL of webdataset tars", "Example: data.shards=shards/. `diptych pack` makes some."
+        )
     return open_manifest(config.data.shards, config.data.manifest)
 
 
@@ -69,7 +71,7 @@ def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path) -> RunCo
 
         captions = (caption for caption in manifest.column("caption").to_pylist() if caption)
         with progress("training the tokenizer", None):
-            train_tokenizer(captions, spec.removeprefix("train:"), folder)
+            train_tokenizer(captions, int(spec.removeprefix("train:")), folder)
     return set_path(config, "task.tokenizer", str(folder))
 
 
@@ -93,14 +95,21 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     config = with_tokenizer(config, manifest, inputs / "tokenizer")
     train, held_out = select(manifest, config.data.keep, config.data.validation_share, config.data.split_seed)
     if not train.samples:
-        raise ConfigError("data.keep", list(config.data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`.")
+        raise ConfigError(
+            "data.keep", list(config.data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`."
+        )
     source = SampleSource.of(manifest, joined, config.data)
     specs = {
         name: StreamSpec.of(source, selection.save(inputs / f"{name}.npy"), config, finite=name == "validation")
         for name, selection in (("train", train), ("validation", held_out))
         if selection.samples
     }
-    facts |= {"digest": train.digest, "manifest_digest": manifest.digest, "validation_samples": held_out.samples, "train_samples": train.samples}
+    facts |= {
+        "digest": train.digest,
+        "manifest_digest": manifest.digest,
+        "validation_samples": held_out.samples,
+        "train_samples": train.samples,
+    }
     return Prepared(config, manifest, specs["train"], specs.get("validation") if config.validation.samples else None, facts)
 
 

@@ -82,7 +82,11 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """
     former = read_driver(run_dir)
     if former:
-        if former["status"] == "running" and not tracking.driver_is_gone(former["driver"]) and former["driver"] != tracking.driver_identity():
+        if (
+            former["status"] == "running"
+            and not tracking.driver_is_gone(former["driver"])
+            and former["driver"] != tracking.driver_identity()
+        ):
             raise ConfigError("name", run_dir.name, "a run that nobody drives", f"It is driven by {former['driver']}; stop that first.")
         stored = RunConfig.from_json((run_dir / "config.json").read_text())
         if former["status"] in ("finished", "early_stopped") and config.train.steps <= stored.train.steps:
@@ -92,7 +96,16 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     return former
 
 
-_FIXED = ("task.", "data.shards", "data.keep", "data.validation_share", "data.split_seed", "data.shuffle", "train.global_batch_size", "seed")
+_FIXED = (
+    "task.",
+    "data.shards",
+    "data.keep",
+    "data.validation_share",
+    "data.split_seed",
+    "data.shuffle",
+    "train.global_batch_size",
+    "seed",
+)
 
 
 def _check_unchanged(stored: RunConfig, config: RunConfig) -> None:
@@ -103,6 +116,6 @@ def _check_unchanged(stored: RunConfig, config: RunConfig) -> None:
     for key, value in after.items():
         changed = key in before and before[key] != value
         # The tokenizer and dimensions were resolved from the data when the run began, so the stored value is the later one.
-        derived = isinstance(value, str) and value.startswith("train:") or value is None
+        derived = (isinstance(value, str) and value.startswith("train:")) or value is None
         if changed and key.startswith(_FIXED) and not derived:
             raise ConfigError(key, value, f"{before[key]!r}, as the run began", "Start a new run under another name to change it.")

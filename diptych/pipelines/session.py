@@ -74,7 +74,12 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
             return make_stream(payload["validation"], world.rank, world.size, 0, None)
 
         ended = train(
-            config, strategy, stream, validation if payload["validation"] is not None else None, recorder, _callbacks(run_dir, attempt.attempt)
+            config,
+            strategy,
+            stream,
+            validation if payload["validation"] is not None else None,
+            recorder,
+            _callbacks(run_dir, attempt.attempt),
         )
         result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
     except (ConfigError, Diverged, FaultBudgetExceeded) as error:

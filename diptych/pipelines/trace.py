@@ -25,7 +25,11 @@ def write_trace(run_dir: Path, manifest: Manifest) -> Path:
     names = np.asarray(manifest.shard_names, dtype=object)
     # A run visits a sample once per epoch; look each up once.
     unique, inverse = np.unique(trace["row"].to_numpy(), return_inverse=True)
-    samples = manifest.rows(unique, ["shard", "key"]) if len(unique) else pa.table({"shard": pa.array([], pa.int32()), "key": pa.array([], pa.string())})
+    samples = (
+        manifest.rows(unique, ["shard", "key"])
+        if len(unique)
+        else pa.table({"shard": pa.array([], pa.int32()), "key": pa.array([], pa.string())})
+    )
     shards = pa.array(names[samples["shard"].to_numpy()][inverse], pa.string())
     columns = {"step": trace["step"], "rank": trace["rank"], "slot": trace["slot"], "shard": shards}
     columns |= {"key": samples["key"].take(pa.array(inverse)), "row": trace["row"], "attempt": trace["attempt"]}

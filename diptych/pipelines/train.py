@@ -109,9 +109,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
             train_worker,
             train_loop_config=payload,
             torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
-            ),
+            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources),
             # Our own checkpoints are the authority; a new name each time keeps Ray from restoring its snapshot of an earlier try.
             run_config=RayRunConfig(
                 name=f"ray-{time.time_ns()}",
@@ -135,7 +133,11 @@ def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str
 
 def _root(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__
-    return _root(cause) if isinstance(cause, BaseException) else f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+    return (
+        _root(cause)
+        if isinstance(cause, BaseException)
+        else f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+    )
 
 
 @contextmanager
@@ -164,7 +166,13 @@ def _progress(run_dir: Path, config: RunConfig) -> Iterator[Any]:
     """A bar of steps with rate, waiting share and loss from the newest logged line; silent without a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(run_dir.name, total=config.train.steps, figures="starting workers")
 
@@ -210,6 +218,7 @@ def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> R
 def command(
     task: Annotated[str, typer.Argument(help="coca, dalle2_prior, … (`diptych recipes` lists them)")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted configuration keys")] = None,
+    *,
     recipe: Annotated[str, typer.Option(help="starting configuration")] = "smoke",
     config: Annotated[str, typer.Option(help="stored configuration to start from instead")] = "",
     dry_run: Annotated[bool, typer.Option(help="check everything, show what would run, start nothing")] = False,
@@ -232,13 +241,20 @@ def _dry_run(config: RunConfig) -> dict[str, Any]:
     """What the call would do: resolved configuration, resources and data, with nothing started and no run made."""
     import tempfile
 
+    import numpy as np
+
     ray_context.preflight(config)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(config, Path(folder))
         facts = prepared.facts
-        caption = prepared.manifest.rows([0], ["caption"])["caption"][0].as_py()
-    resources = {"workers": config.workers, "cpus": ray_context.required_cpus(config), "gpus": config.workers * config.cluster.gpus_per_worker}
-    show_table("would train", ["what", "value"], [*resources.items(), *facts.items(), ("first caption", caption)])
+        caption = prepared.manifest.rows(np.array([0]), ["caption"])["caption"][0].as_py()
+    resources = {
+        "workers": config.workers,
+        "cpus": ray_context.required_cpus(config),
+        "gpus": config.workers * config.cluster.gpus_per_worker,
+    }
+    rows = [[key, value] for key, value in (resources | facts | {"first caption": caption}).items()]
+    show_table("would train", ["what", "value"], rows)
     return {"config": json.loads(prepared.config.to_json()), "resources": resources, "data": facts}
 
 

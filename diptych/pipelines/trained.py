@@ -27,9 +27,7 @@ class Trained:
     """Its `state.json`: step, samples, digest, world_size, best validation, …"""
 
 
-def load_trained(
-    run_dir: Path, checkpoint: str = "newest", averaged: bool = True, device: torch.device | str = "cpu"
-) -> Trained:
+def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = True, device: torch.device | str = "cpu") -> Trained:
     """Load a run's task from its `newest` or `best` checkpoint, or one by name.
 
     With `averaged`, the EMA weights stand in where the run kept them. Raises `ConfigError` if the run has no whole checkpoint.

@@ -32,8 +32,9 @@ class CocaArchitecture(Config):
     """Blocks of the text tower."""
     decoder_layers: int = pydantic.Field(2, ge=1)
     """Blocks of the caption decoder; each also attends to the image."""
-    image_queries: int = pydantic.Field(17, ge=2)
-    """Tokens that the image is pooled to; the first is its feature, the decoder attends to the others."""
+    image_queries: int = pydantic.Field(0, ge=0)
+    """Tokens that the image is pooled to: the first is its feature, the decoder attends to the others. 0 = no pooling: the
+    decoder attends to the patches themselves, and `image_width` must equal `width`."""
 
 
 class CocaConfig(TaskConfig):
@@ -94,6 +95,11 @@ class CocaConfig(TaskConfig):
         for key in ("width", "image_width"):
             if getattr(sizes, key) % sizes.heads:
                 raise ConfigError(f"task.architecture.{key}", getattr(sizes, key), f"a multiple of task.architecture.heads = {sizes.heads}")
+        if sizes.image_queries == 1:
+            raise ConfigError("task.architecture.image_queries", 1, "0 or at least 2", "The first is the image's feature, the decoder needs others.")
+        if sizes.image_queries == 0 and sizes.image_width != sizes.width:
+            remedy = "Without pooling the decoder attends to the patches; set task.architecture.image_queries to pool them."
+            raise ConfigError("task.architecture.image_width", sizes.image_width, f"task.architecture.width = {sizes.width}", remedy)
 
     def needs(self) -> Needs:
         """Images and token ids of their captions."""
@@ -137,7 +143,7 @@ def demo() -> RunConfig:
     of the first object right in at least half of the captions.
     """
     return RunConfig(
-        task=CocaConfig(model="custom", tokenizer="train:256", image_size=32, context_length=32),
+        task=CocaConfig(model="custom", tokenizer="train:256", image_size=32, context_length=16),
         workers=2,
         data=DataConfig(validation_share=0.1),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, schedule="cosine", clip_norm=1.0),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diptych.config import ConfigError
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.text_generation import Prompts, generate
-from diptych.trainers.vocabulary import Vocabulary
+from diptych.vocabulary import Vocabulary
 
 
 class CaptionSteps:

@@ -17,7 +17,7 @@ from torch import nn
 
 from diptych.config import ConfigError
 from diptych.recipes.coca import CocaConfig
-from diptych.trainers.vocabulary import Vocabulary
+from diptych.vocabulary import Vocabulary
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _custom_config(config: CocaConfig, vocabulary: Vocabulary) -> dict[str, Any]
         "width": sizes.image_width,
         "layers": sizes.image_layers,
         "head_width": sizes.image_width // sizes.heads,
-        "attentional_pool": True,
+        "attentional_pool": sizes.image_queries > 0,
         "attn_pooler_queries": sizes.image_queries,
         "attn_pooler_heads": sizes.heads,
         "output_tokens": True,

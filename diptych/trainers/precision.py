@@ -37,6 +37,32 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
+@dataclass
+class LossScale:
+    """fp16's dynamic loss scale where torch's `GradScaler` cannot reach the gradients; the same rule and the same state."""
+
+    scale: float = 2.0**16
+    growth_tracker: int = 0
+    growth_interval: int = 2000
+
+    def update(self, overflow: bool) -> None:
+        """Halve after an overflow, double after `growth_interval` steps without one."""
+        self.growth_tracker = 0 if overflow else self.growth_tracker + 1
+        if overflow:
+            self.scale *= 0.5
+        elif self.growth_tracker == self.growth_interval:
+            self.scale, self.growth_tracker = self.scale * 2.0, 0
+
+    def state_dict(self) -> dict[str, float | int]:
+        """As `torch.amp.GradScaler.state_dict`."""
+        rule = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": self.growth_interval}
+        return {"scale": self.scale, **rule, "_growth_tracker": self.growth_tracker}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Take over a state of this class or of `torch.amp.GradScaler`."""
+        self.scale, self.growth_tracker = float(state["scale"]), int(state["_growth_tracker"])
+
+
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """`auto` → bf16 where the device multiplies it fast (CUDA ≥ 8.0, CPUs with AMX), else fp32; other names as they are."""
     if name != "auto":

@@ -52,16 +52,22 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-@torch.no_grad()
-def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
-    """Copy `values` into `targets` by name; `ValueError` naming the difference unless names and shapes agree."""
-    missing, unknown = sorted(set(targets) - set(values)), sorted(set(values) - set(targets))
+def check_fit(shapes: dict[str, torch.Size], values: dict[str, Tensor], what: str) -> None:
+    """`ValueError` naming the difference unless `values` has exactly these names and shapes."""
+    missing, unknown = sorted(set(shapes) - set(values)), sorted(set(values) - set(shapes))
     if missing or unknown:
         raise ValueError(
             f"{what}: the checkpoint does not fit the task: missing {missing[:5] or 'none'}, unknown {unknown[:5] or 'none'}. "
             "Was the run started with another task configuration? Resume with the stored config.json, or use a new name."
         )
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(values[name].shape):
+            raise ValueError(f"{what}: {name} has shape {list(values[name].shape)} in the checkpoint, {list(shape)} in the task")
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
+    """Copy `values` into `targets` by name; `ValueError` unless names and shapes agree."""
+    check_fit({name: target.shape for name, target in targets.items()}, values, what)
     for name, target in targets.items():
-        if target.shape != values[name].shape:
-            raise ValueError(f"{what}: {name} has shape {list(values[name].shape)} in the checkpoint, {list(target.shape)} in the task")
         target.copy_(values[name])

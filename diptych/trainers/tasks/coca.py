@@ -20,7 +20,7 @@ from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.retrieval import retrieval_metrics
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
-from diptych.trainers.vocabulary import load_vocabulary
+from diptych.vocabulary import load_vocabulary
 
 _LARGEST_LOGIT_SCALE = math.log(100)
 
@@ -83,13 +83,16 @@ class CocaTask(Task):
         features, image_tokens, text_states = self._encode(batch)
         output = Output(terms={}, features=features if self.config.contrastive_weight else {})
         if self.config.caption_weight:
-            mask, labels = self._caption_mask(batch), batch["tokens"][:, 1:]
-            logits = self.model.text_decoder(image_tokens, text_states[:, :-1]).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-            output.terms["caption"] = Term((loss * mask).sum(), mask.sum())
-            right = (logits.detach().argmax(dim=-1) == labels) * mask
-            output.report["caption_accuracy"] = Term(right.sum(), mask.sum())
+            output.terms["caption"], output.report["caption_accuracy"] = self._caption_terms(batch, image_tokens, text_states)
         return output
+
+    def _caption_terms(self, batch: Batch, image_tokens: Tensor, text_states: Tensor) -> tuple[Term, Term]:
+        """Cross-entropy of the next tokens, and how often the likeliest one is right."""
+        mask, labels = self._caption_mask(batch), batch["tokens"][:, 1:]
+        logits = self.model.text_decoder(image_tokens, text_states[:, :-1]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        right = (logits.detach().argmax(dim=-1) == labels) * mask
+        return Term((loss * mask).sum(), mask.sum()), Term(right.sum(), mask.sum())
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """`image` and `text` `[B, D]`, L2-normalised, and the scalar `logit_scale`."""
@@ -120,9 +123,11 @@ class CocaTask(Task):
 
     def validate(self, batch: Batch) -> Validation:
         """Loss terms, and the features that retrieval is measured on."""
-        validation = super().validate(batch)
-        features = self._encode(batch)[0]
-        validation.rows |= {"image": features["image"], "text": features["text"], "tokens": batch["tokens"]}
+        features, image_tokens, text_states = self._encode(batch)
+        validation = Validation(features=features if self.config.contrastive_weight else {})
+        if self.config.caption_weight:
+            validation.terms["caption"], validation.terms["caption_accuracy"] = self._caption_terms(batch, image_tokens, text_states)
+        validation.rows = {"image": features["image"], "text": features["text"], "tokens": batch["tokens"]}
         return validation
 
     def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from diptych.config import ConfigError
 from diptych.recipes.gpt2 import GPT2Config
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
-from diptych.trainers.vocabulary import load_vocabulary
+from diptych.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase

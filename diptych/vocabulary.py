@@ -1,7 +1,7 @@
-"""What a model must know of its tokenizer: how many ids there are, which ones are special, and ids back to text.
+"""Tokenizers by name, for both planes: how many ids there are, which ones are special, and ids back to text.
 
-Captions are turned into ids by the data plane; here ids are only counted, generated and read back. The tokenizer is
-named as in `batches.TokenNeed`.
+The data plane turns captions into ids with it (`datasets/tokens.py`), the training plane sizes models by it and reads back
+what they generate. A tokenizer is named as in `batches.TokenNeed`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Vocabulary:
     size: int
     """Number of ids: every id is below it."""
     pad: int
+    """The end token's id, where a tokenizer has no pad token of its own."""
     start: int
     end: int
     folder: str = ""
@@ -52,8 +53,8 @@ def load_vocabulary(name: str) -> Vocabulary:
     tokenizer = AutoTokenizer.from_pretrained(name)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if start is None or end is None or tokenizer.pad_token_id is None:
-        raise ConfigError(
-            "task.tokenizer", name, "a tokenizer with start, end and pad tokens", "Set bos_token, eos_token and pad_token in its files."
-        )
-    return Vocabulary(len(tokenizer), tokenizer.pad_token_id, start, end, name, tokenizer)
+    if start is None or end is None:
+        raise ConfigError("task.tokenizer", name, "a tokenizer with start and end tokens", "Set bos_token and eos_token in its files.")
+    # GPT-2 has no pad token; padding is masked wherever it matters, so the end token serves.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    return Vocabulary(len(tokenizer), pad, start, end, name, tokenizer)
