@@ -1,0 +1,128 @@
+"""Which sample stands at slot i: a pure function of (seed, digest of the selection, order parameters, i).
+
+A run is one stream of slots without an epoch seam. Slot i belongs to epoch i // N of the N selected samples. In an epoch
+the shards are permuted, the resulting sequence is cut into chunks of neighbours, the chunks are permuted, and samples are
+permuted within consecutive groups. An epoch costs O(shards + N / chunk) when it is first touched, a group O(group), and
+nothing is computed for the slots before, so slot 5·10⁹ is as near as slot 0.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from diptych.datasets import draws
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_EPOCHS, _GROUPS = 3, 64
+"""Epochs and groups kept; a block of steps touches one or two of each, a substitute one more."""
+
+
+class _Epoch(NamedTuple):
+    key: int
+    shard_ends: np.ndarray
+    """int64 [S]: samples up to and including each shard, in the epoch's order of shards."""
+    shifts: np.ndarray
+    """int64 [S]: what to add to a place in the epoch's sequence to get the place in the selection."""
+    chunks: np.ndarray
+    """int32 or int64 [ceil(N / chunk)]: the chunk at each place."""
+    short_at: int
+    """Where the last chunk, which may be shorter, went."""
+
+
+class Order:
+    """Slots → manifest rows.
+
+    `selected` is int64 [N], the selected manifest rows, sorted; it may be a memory map, of which only pages that are asked
+    for are read. `shard_starts` is int64 [S+1], the first manifest row of every shard and the number of rows at its end.
+    """
+
+    def __init__(
+        self,
+        selected: np.ndarray,
+        shard_starts: np.ndarray,
+        seed: int,
+        digest: str,
+        *,
+        chunk: int = 32,
+        group: int = 8192,
+        shuffle: bool = True,
+    ) -> None:
+        self.selected, self.samples = selected, len(selected)
+        if not self.samples:
+            raise ValueError("order: no samples are selected; check data.keep and data.validation_share")
+        if chunk < 1 or group < 1:
+            raise ValueError(f"order: data.shuffle_chunk = {chunk} and data.shuffle_group = {group} must be at least 1")
+        self.chunk, self.group, self.shuffle = chunk, group, shuffle
+        self._key = draws.key_of("order", seed, digest, chunk, group)
+        bounds = np.searchsorted(selected, shard_starts)
+        counts = np.diff(bounds)
+        assert counts.sum() == self.samples, "a selected row lies outside the manifest"
+        filled = np.flatnonzero(counts)
+        self._starts, self._counts = bounds[filled], counts[filled]
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def rows(self, slots: np.ndarray) -> np.ndarray:
+        """int64 manifest rows at `slots` (int64, any shape, not negative)."""
+        return np.asarray(self.selected[self.places(slots)], np.int64)
+
+    def places(self, slots: np.ndarray) -> np.ndarray:
+        """int64 places in the selection (0…N−1) at `slots`."""
+        slots = np.asarray(slots, np.int64)
+        assert slots.size == 0 or slots.min() >= 0, "slots are not negative"
+        epochs, within = np.divmod(slots, self.samples)
+        if not self.shuffle:
+            return within
+        places = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            places[chosen] = self._epoch_places(int(epoch), within[chosen])
+        return places
+
+    def _epoch_places(self, number: int, within: np.ndarray) -> np.ndarray:
+        epoch = _cached(self._epochs, number, _EPOCHS, lambda: self._make_epoch(number))
+        groups, offsets = np.divmod(within, self.group)
+        shuffled = np.empty_like(within)
+        for group in np.unique(groups):
+            chosen = groups == group
+            permuted = _cached(self._groups, (number, int(group)), _GROUPS, lambda group=int(group): self._make_group(epoch, group))
+            shuffled[chosen] = group * self.group + permuted[offsets[chosen]]
+        sequence = self._unchunk(epoch, shuffled)
+        return sequence + epoch.shifts[np.searchsorted(epoch.shard_ends, sequence, side="right")]
+
+    def _unchunk(self, epoch: _Epoch, places: np.ndarray) -> np.ndarray:
+        """Places behind the permutation of chunks → places before it, although one chunk is shorter than the others."""
+        short = self.samples - (len(epoch.chunks) - 1) * self.chunk
+        behind = places >= epoch.short_at * self.chunk + short
+        # Behind the short chunk everything stands `chunk - short` earlier than it would with whole chunks.
+        at, offset = np.divmod(np.where(behind, places + (self.chunk - short), places), self.chunk)
+        return epoch.chunks[at].astype(np.int64) * self.chunk + offset
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        key = draws.key_of(self._key, number)
+        shards = draws.permutation(draws.key_of(key, "shards"), len(self._counts))
+        ends = np.cumsum(self._counts[shards])
+        shifts = self._starts[shards] - (ends - self._counts[shards])
+        length = -(-self.samples // self.chunk)
+        chunks = draws.permutation(draws.key_of(key, "chunks"), length)
+        short_at = int(np.flatnonzero(chunks == length - 1)[0])
+        return _Epoch(key, ends, shifts, chunks.astype(np.int32) if length < 1 << 31 else chunks, short_at)
+
+    def _make_group(self, epoch: _Epoch, group: int) -> np.ndarray:
+        length = min(self.group, self.samples - group * self.group)
+        return draws.permutation(draws.key_of(epoch.key, "group", group), length)
+
+
+def _cached(cache: OrderedDict[K, V], key: K, limit: int, make: Callable[[], V]) -> V:
+    if key not in cache:
+        cache[key] = make()
+    cache.move_to_end(key)
+    while len(cache) > limit:
+        cache.popitem(last=False)
+    return cache[key]
