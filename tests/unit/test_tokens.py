@@ -1,0 +1,74 @@
+"""Captions become ids that end, and a tokenizer trained here is one that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.config import ConfigError
+from diptych.datasets.tokens import load_tokenizer, train_tokenizer
+
+CAPTIONS = ["a red circle above two blue squares", "a green star left of a yellow triangle"]
+
+
+def test_open_clip_ids_are_open_clips_own() -> None:
+    import open_clip
+
+    texts = ["a cat", "", "naïve café " * 60]
+    ids, mask = load_tokenizer("open_clip").encode(texts, 20)
+    np.testing.assert_array_equal(ids, open_clip.get_tokenizer("ViT-B-32")(texts, context_length=20).numpy())
+    assert mask.sum(1).tolist() == [4, 2, 20]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bpe")
+    train_tokenizer(CAPTIONS, 512, folder)
+    return str(folder)
+
+
+@given(text=st.text(max_size=40), length=st.integers(2, 50))
+@settings(deadline=None, max_examples=60)
+def test_every_row_starts_and_ends_and_the_rest_is_padding(bpe: str, text: str, length: int) -> None:
+    tokenizer = load_tokenizer(bpe)
+    vocabulary = tokenizer.vocabulary
+    ids, mask = tokenizer.encode([text], length)
+    assert ids.shape == mask.shape == (1, length)
+    row = ids[0][mask[0]]
+    assert row[0] == vocabulary.start
+    assert row[-1] == vocabulary.end
+    assert (ids[0][~mask[0]] == vocabulary.pad).all()
+    assert vocabulary.end != vocabulary.pad
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp")), max_size=20))
+@settings(deadline=None, max_examples=60)
+def test_bytes_survive_the_round_trip(bpe: str, text: str) -> None:
+    tokenizer = load_tokenizer(bpe)
+    ids, _ = tokenizer.encode([text], 200)
+    assert tokenizer.vocabulary.decode(ids[0].tolist()) == " ".join(text.split())
+
+
+def test_a_small_vocabulary_is_of_words_and_transformers_loads_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    train_tokenizer(CAPTIONS, 64, tmp_path / "a")
+    train_tokenizer(CAPTIONS, 64, tmp_path / "b")
+    assert (tmp_path / "a/tokenizer.json").read_text() == (tmp_path / "b/tokenizer.json").read_text()
+    loaded = AutoTokenizer.from_pretrained(str(tmp_path / "a"))
+    assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
+    assert len(loaded) == 4 + len(set(" ".join(CAPTIONS).split()))
+
+
+def test_a_tokenizer_that_is_not_trained_yet_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train:512.*trained"):
+        load_tokenizer("train:512")
+
+
+def test_bpe_without_room_for_its_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least train:260"):
+        train_tokenizer(CAPTIONS, 100, tmp_path, kind="bpe")
