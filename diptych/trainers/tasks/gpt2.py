@@ -10,6 +10,7 @@ Shapes: B prompts, L tokens, R rows of T tokens after rearranging, N label token
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -19,7 +20,10 @@ from torch.nn import functional
 
 from diptych.config import ConfigError
 from diptych.recipes.gpt2 import GPT2Config
-from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.completion import Completer
+from diptych.trainers.gpt2_steps import GPT2Steps
+from diptych.trainers.prompt_evaluation import evaluate_prefix, evaluate_prompts
+from diptych.trainers.task import Batch, Evaluation, Output, Task, Term, Validation, synthetic_rows
 from diptych.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -94,6 +98,25 @@ class GPT2Task(Task):
     def set_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass."""
         self.gpt2.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def completer(self) -> Completer:
+        """Generation with this model and its tokenizer."""
+        model = self.gpt2
+        return Completer(GPT2Steps(model), self.tokenizer, model.config.n_positions, model.device)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """The strategies table of the keyword generator where prompts have keywords, and scores of texts from `task.prefix`."""
+        texts = [
+            self.tokenizer.decode(tokens[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for batch in batches
+            for tokens, mask, weight in zip(batch["tokens"], batch["token_mask"], batch["weight"], strict=True)
+            if weight > 0
+        ]
+        evaluation = evaluate_prompts(self.completer(), texts)
+        if self.config.prefix:
+            from_prefix = evaluate_prefix(self.completer(), texts, self.config.prefix)
+            evaluation = Evaluation(evaluation.metrics | from_prefix.metrics, evaluation.tables + from_prefix.tables)
+        return evaluation
 
     def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
         """Random tokens, prompts of unequal lengths."""
