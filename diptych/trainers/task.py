@@ -156,6 +156,13 @@ class Task(nn.Module, abc.ABC):
         """Metrics of the gathered `Validation.rows` of the whole validation set (retrieval, mean cosine, …)."""
         return {}
 
+    def show(self, batch: Batch) -> Table | None:
+        """A row per sample of a small held-out batch, for people to look at: captions made beside the true ones, ….
+
+        Called after each validation, under `no_grad` and `eval()`, on one worker; None where there is nothing to see.
+        """
+        return None
+
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """What is too slow for validation in the loop (generated texts, …) on held-out `batches`, in one process.
 
