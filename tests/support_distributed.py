@@ -24,7 +24,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "safetensors.torch", "pyarrow.parquet", "pydantic", "fsspec"])
 
 
-class WorkerFailed(AssertionError):
+class WorkerFailed(AssertionError):  # noqa: N818
     """A worker raised, died or outlived the deadline; the message holds what each had to say."""
 
 

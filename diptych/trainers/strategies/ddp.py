@@ -7,6 +7,7 @@ sums in another order, so a resumed run would differ from an uninterrupted one i
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -59,13 +60,16 @@ class DDPStrategy:
             idle = [name for name, parameter in self.parameters.items() if parameter.grad is None]
             self.task.zero_grad(set_to_none=True)
             # With parameters that get no gradient DDP has to search for them, and then never lays its buckets out anew.
-            model = DistributedDataParallel(
-                plain,
-                device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=bool(idle),
-            )
+            with warnings.catch_warnings():
+                # The name that replaces `broadcast_buffers` is younger than the oldest torch that we support.
+                warnings.simplefilter("ignore", FutureWarning)
+                model = DistributedDataParallel(
+                    plain,
+                    device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=bool(idle),
+                )
             for _ in range(2):
                 example_loss(model, self.task, self.world.device).backward()
             self.task.zero_grad(set_to_none=True)
