@@ -179,7 +179,7 @@ def test_wrong_calls_name_key_and_remedy(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
-    with pytest.raises(ConfigError, match="an end token"):
+    with pytest.raises(ConfigError, match="start and end tokens"):
         make(tokenizer=str(tmp_path / "endless"))
     with pytest.raises(ConfigError, match="samples without text"):
         smoke().task.check_data({"captions": 0})

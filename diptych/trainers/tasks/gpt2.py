@@ -24,7 +24,7 @@ from diptych.trainers.completion import Completer
 from diptych.trainers.gpt2_steps import GPT2Steps
 from diptych.trainers.prompt_evaluation import evaluate_prefix, evaluate_prompts
 from diptych.trainers.task import Batch, Evaluation, Output, Task, Term, Validation, synthetic_rows
-from diptych.vocabulary import load_vocabulary
+from diptych.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -50,7 +50,9 @@ class GPT2Task(Task):
     def __init__(self, config: GPT2Config, seed: int) -> None:
         """Raises `ConfigError` on a model that is not a GPT-2, or texts longer than its positions."""
         super().__init__(config, seed)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        if config.model:
+            _check_model(config)
+        self.vocabulary = _load_vocabulary(config.tokenizer or config.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model: Any = self._pretrained() if config.model else self._fresh()
@@ -64,10 +66,9 @@ class GPT2Task(Task):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the data, loaded at first use."""
-        if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self.config.tokenizer or self.config.model)
-        return self._tokenizer
+        """The tokenizer of the data."""
+        assert self.vocabulary.tokenizer is not None, "the tokenizer is still to be trained"
+        return self.vocabulary.tokenizer
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Label tokens: every token of a sample but its first."""
@@ -132,7 +133,7 @@ class GPT2Task(Task):
         if self.config.lora.rank:
             model = model.merge_and_unload()
         model.save_pretrained(folder)
-        if not self.config.tokenizer.startswith("train:"):
+        if self.vocabulary.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     def _label_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -163,18 +164,10 @@ class GPT2Task(Task):
         from transformers import GPT2Config as ModelConfig
         from transformers import GPT2LMHeadModel
 
-        sizes, dropout = self.config.architecture, self.config.dropout
-        if self.config.tokenizer.startswith("train:"):
-            # Not trained yet: as large as it may become, with the special ids of a trained one.
-            untrained = load_vocabulary(self.config.tokenizer)
-            vocabulary = untrained.size
-            special = {"bos_token_id": untrained.start, "eos_token_id": untrained.end, "pad_token_id": untrained.pad}
-        else:
-            vocabulary = len(self.tokenizer)
-            special = {key: getattr(self.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        sizes, dropout, vocabulary = self.config.architecture, self.config.dropout, self.vocabulary
         return GPT2LMHeadModel(
             ModelConfig(
-                vocab_size=vocabulary,
+                vocab_size=vocabulary.size,
                 n_positions=sizes.positions,
                 n_embd=sizes.width,
                 n_layer=sizes.layers,
@@ -182,26 +175,27 @@ class GPT2Task(Task):
                 embd_pdrop=dropout,
                 attn_pdrop=dropout,
                 resid_pdrop=dropout,
-                **special,
+                bos_token_id=vocabulary.start,
+                eos_token_id=vocabulary.end,
+                pad_token_id=vocabulary.pad,
             )
         )
 
     def _pretrained(self) -> GPT2LMHeadModel:
         from transformers import GPT2LMHeadModel
 
-        model_config = _model_config(self.config)
         dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), self.config.dropout)
         model, info = GPT2LMHeadModel.from_pretrained(self.config.model, dtype=torch.float32, output_loading_info=True, **dropout)
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if missing:
             raise ConfigError("task.model", self.config.model, "all weights of a GPT-2", f"Missing there: {', '.join(missing[:3])}.")
-        if len(self.tokenizer) > model_config.vocab_size:
-            model.resize_token_embeddings(len(self.tokenizer))
+        if self.vocabulary.size > model.config.vocab_size:
+            model.resize_token_embeddings(self.vocabulary.size)
         return model
 
 
-def _model_config(config: GPT2Config) -> Any:
-    """The configuration of transformers for `task.model`, refused if it is not a GPT-2 or holds too few positions."""
+def _check_model(config: GPT2Config) -> None:
+    """Refuse a `task.model` that is not a GPT-2 or holds too few positions, before any weights are read."""
     from transformers import AutoConfig
 
     try:
@@ -215,20 +209,19 @@ def _model_config(config: GPT2Config) -> Any:
         raise ConfigError(
             "task.length", config.length, f"at most the model's positions = {found.n_positions}", "Longer prompts are cut to it."
         )
-    return found
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
+def _load_vocabulary(name: str) -> Vocabulary:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        vocabulary = load_vocabulary(name)
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         reason = str(error).splitlines()[0]
         raise ConfigError("task.tokenizer", name, "a hub name or a folder with a Hugging Face tokenizer", reason) from None
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("task.tokenizer", name, "a tokenizer with an end token (eos_token)", "Without one no text could end.")
-    return tokenizer
+    if vocabulary.tokenizer is not None and not vocabulary.folder:
+        raise ConfigError("task.tokenizer", name, "a tokenizer of Hugging Face, which the exported model brings along")
+    return vocabulary
 
 
 def _with_adapters(model: GPT2LMHeadModel, config: GPT2Config) -> Any:
