@@ -78,6 +78,8 @@ class EmbeddingJoin:
     counts: dict[str, int] = field(default_factory=dict)
     """Faults by kind; `faults` names the first thousand of each."""
     faults: list[Fault] = field(default_factory=list)
+    saved: str = ""
+    """Folder that `save` wrote it to, from which readers load it."""
 
     @property
     def which(self) -> tuple[str, ...]:
@@ -103,6 +105,7 @@ class EmbeddingJoin:
             np.save(folder / f"{which}_row.npy", lookup.row)
             about["lookups"][which] = [[file.url, file.rows, file.dim, file.dtype.str, file.offset] for file in lookup.files]
         (folder / "join.json").write_text(json.dumps(about))
+        self.saved = str(folder.absolute())
 
     @classmethod
     def load(cls, folder: Path) -> EmbeddingJoin:
@@ -113,7 +116,7 @@ class EmbeddingJoin:
             opened = [NpyFile(url, rows, dim, np.dtype(dtype), offset) for url, rows, dim, dtype, offset in files]
             arrays = [np.load(folder / f"{which}_{name}.npy", mmap_mode="r") for name in ("file", "row")]
             lookups[which] = Lookup(opened, *arrays)
-        return cls(about["folder"], lookups, about["matched"], about["counts"])
+        return cls(about["folder"], lookups, about["matched"], about["counts"], saved=str(folder.absolute()))
 
 
 def check_vectors(vectors: np.ndarray, missing: np.ndarray, which: str) -> list[tuple[int, str, str]]:

@@ -8,13 +8,14 @@ nothing is computed for the slots before, so slot 5·10⁹ is as near as slot 0.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from diptych.datasets import draws
+from diptych.datasets.keep import Selection
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -36,41 +37,40 @@ class _Epoch(NamedTuple):
 
 
 class Order:
-    """Slots → manifest rows.
+    """Slots → manifest rows of a `Selection` of N samples. Safe to share between threads.
 
-    `selected` is int64 [N], the selected manifest rows, sorted; it may be a memory map, of which only pages that are asked
-    for are read. `shard_starts` is int64 [S+1], the first manifest row of every shard and the number of rows at its end.
+    `shard_starts` is int64 [S+1]: the first manifest row of every shard, and the number of rows at its end. Of a selection that is
+    a memory map only the pages asked for are read.
     """
 
     def __init__(
-        self,
-        selected: np.ndarray,
-        shard_starts: np.ndarray,
-        seed: int,
-        digest: str,
-        *,
-        chunk: int = 32,
-        group: int = 8192,
-        shuffle: bool = True,
+        self, selection: Selection, shard_starts: np.ndarray, seed: int, *, chunk: int = 32, group: int = 8192, shuffle: bool = True
     ) -> None:
-        self.selected, self.samples = selected, len(selected)
+        self.selection, self.samples = selection, selection.samples
         if not self.samples:
             raise ValueError("order: no samples are selected; check data.keep and data.validation_share")
         if chunk < 1 or group < 1:
             raise ValueError(f"order: data.shuffle_chunk = {chunk} and data.shuffle_group = {group} must be at least 1")
         self.chunk, self.group, self.shuffle = chunk, group, shuffle
-        self._key = draws.key_of("order", seed, digest, chunk, group)
-        bounds = np.searchsorted(selected, shard_starts)
+        self._key = draws.key_of("order", seed, selection.digest, chunk, group)
+        bounds = shard_starts if selection.rows is None else np.searchsorted(selection.rows, shard_starts)
         counts = np.diff(bounds)
         assert counts.sum() == self.samples, "a selected row lies outside the manifest"
         filled = np.flatnonzero(counts)
         self._starts, self._counts = bounds[filled], counts[filled]
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def rows(self, slots: np.ndarray) -> np.ndarray:
         """int64 manifest rows at `slots` (int64, any shape, not negative)."""
-        return np.asarray(self.selected[self.places(slots)], np.int64)
+        return np.asarray(self.selection[self.places(slots)], np.int64)
+
+    def substitutes(self, slots: np.ndarray, tries: int) -> np.ndarray:
+        """int64 manifest rows that stand in at bad `slots` on try `tries` (1, 2, …): other places of the same epoch."""
+        epochs = slots // self.samples
+        within = draws.below(draws.key_of(self._key, "substitute", tries), slots, self.samples)
+        return self.rows(epochs * self.samples + within)
 
     def places(self, slots: np.ndarray) -> np.ndarray:
         """int64 places in the selection (0…N−1) at `slots`."""
@@ -80,18 +80,20 @@ class Order:
         if not self.shuffle:
             return within
         places = np.empty_like(within)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            places[chosen] = self._epoch_places(int(epoch), within[chosen])
+        with self._lock:
+            for epoch in np.unique(epochs):
+                chosen = epochs == epoch
+                places[chosen] = self._epoch_places(int(epoch), within[chosen])
         return places
 
     def _epoch_places(self, number: int, within: np.ndarray) -> np.ndarray:
-        epoch = _cached(self._epochs, number, _EPOCHS, lambda: self._make_epoch(number))
+        epoch = _keep(self._epochs, number, self._epochs.get(number) or self._make_epoch(number), _EPOCHS)
         groups, offsets = np.divmod(within, self.group)
         shuffled = np.empty_like(within)
         for group in np.unique(groups):
             chosen = groups == group
-            permuted = _cached(self._groups, (number, int(group)), _GROUPS, lambda group=int(group): self._make_group(epoch, group))
+            found = self._groups.get((number, int(group)))
+            permuted = _keep(self._groups, (number, int(group)), self._make_group(epoch, int(group)) if found is None else found, _GROUPS)
             shuffled[chosen] = group * self.group + permuted[offsets[chosen]]
         sequence = self._unchunk(epoch, shuffled)
         return sequence + epoch.shifts[np.searchsorted(epoch.shard_ends, sequence, side="right")]
@@ -119,10 +121,10 @@ class Order:
         return draws.permutation(draws.key_of(epoch.key, "group", group), length)
 
 
-def _cached(cache: OrderedDict[K, V], key: K, limit: int, make: Callable[[], V]) -> V:
-    if key not in cache:
-        cache[key] = make()
+def _keep(cache: OrderedDict[K, V], key: K, value: V, limit: int) -> V:
+    """Put `value` in as the newest, and let the oldest go."""
+    cache[key] = value
     cache.move_to_end(key)
     while len(cache) > limit:
         cache.popitem(last=False)
-    return cache[key]
+    return value
