@@ -103,7 +103,7 @@ class Tracker:
         self.store = client(self.uri)
         self.run_dir = run_dir
         self._logged: set[int] = set()
-        self._committed: tuple[int, int] | None = None
+        self._committed = (0, 0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._monitor: Any = None
@@ -172,20 +172,12 @@ class Tracker:
 
     def sync(self, final: bool = False) -> None:
         """Log every line that a checkpoint has committed and MLflow does not have yet; with `final`, the rest too."""
-        from diptych.trainers.attempts import candidates, parse_checkpoint_name
-        from diptych.trainers.journal import read_metrics
-        from diptych.trainers.runfolder import RunFolder
-
-        folder = RunFolder(str(self.run_dir))
-        newest = next((parse_checkpoint_name(name) for name in candidates(folder)), None)
-        if newest == self._committed and not final:
+        committed = _committed(self.run_dir)
+        if committed == self._committed and not final:
             return
-        limit = float("inf") if final else newest[0] if newest else 0
-        new = [line for line in read_metrics(folder) if line["step"] <= limit and line["step"] not in self._logged]
-        for batch in _batches(_metrics(new)):
-            self.store.log_batch(self.run_id, metrics=batch)
-        self._logged |= {line["step"] for line in new}
-        self._committed = newest
+        limit = float("inf") if final else committed[0]
+        self._logged |= _send_metrics(self.store, self.run_id, self.run_dir, limit, self._logged)
+        self._committed = committed
 
     def log_artifacts(self, folder: Path, target: str) -> None:
         """Copy the files of `folder` to the run's artifacts under `target`, if there are any."""
@@ -205,6 +197,33 @@ class Tracker:
                     logger.warning("MLflow is still away (%s); `diptych runs` sends the rest of %s later", error, self.run_dir)
                     return
                 time.sleep(3.0)
+
+
+def mlflow_status(status: str) -> str:
+    """MLflow's word for the status of a run folder; a run that a dead driver left `running` was killed."""
+    words = {"finished": "FINISHED", "early_stopped": "FINISHED", "stopped": "KILLED", "killed": "KILLED", "running": "KILLED"}
+    return words.get(status, "FAILED")
+
+
+def _committed(run_dir: Path) -> tuple[int, int]:
+    """(step, attempt) of the newest checkpoint; (0, 0) before the first."""
+    from diptych.trainers.attempts import candidates, parse_checkpoint_name
+    from diptych.trainers.runfolder import RunFolder
+
+    return next((found for name in candidates(RunFolder(str(run_dir))) if (found := parse_checkpoint_name(name))), (0, 0))
+
+
+def _send_metrics(store: MlflowClient, run_id: str, run_dir: Path, limit: float, logged: set[int]) -> set[int]:
+    """Log the lines up to step `limit` whose steps are not in `logged`; returns their steps.
+
+    A line that is sent twice does no harm: MLflow keeps one of equal (key, step, time, value).
+    """
+    from diptych.trainers.journal import read_metrics
+
+    new = [line for line in read_metrics(str(run_dir)) if line["step"] <= limit and line["step"] not in logged]
+    for batch in _batches(_metrics(new)):
+        store.log_batch(run_id, metrics=batch)
+    return {line["step"] for line in new}
 
 
 def _metrics(lines: Iterable[dict[str, Any]]) -> Iterator[Any]:
@@ -240,16 +259,24 @@ def code_version() -> str:
 
 
 def reconcile(uri: str) -> list[str]:
-    """End, as KILLED, every run of ours that MLflow calls RUNNING though its driver on this host is dead.
+    """End every run of ours that MLflow calls RUNNING though its driver on this host is dead, with the status that its folder has.
 
-    Returns the ids of the runs ended. Their metrics are caught up from the run folder first, where it still exists.
+    Its metrics are caught up from the run folder first, where that still exists. Returns the ids of the runs ended.
     """
+    from diptych.pipelines.runs_folder import read_driver
+
     store = client(uri)
     experiments = [experiment.experiment_id for experiment in store.search_experiments()]
     ended = []
     for run in store.search_runs(experiments, filter_string="attributes.status = 'RUNNING'") if experiments else []:
-        driver = run.data.tags.get(TAG_DRIVER, "")
-        if driver and driver_is_gone(driver):
-            store.set_terminated(run.info.run_id, "KILLED")
-            ended.append(run.info.run_id)
+        run_id, driver = run.info.run_id, run.data.tags.get(TAG_DRIVER, "")
+        if not driver or not driver_is_gone(driver):
+            continue
+        run_dir, status = Path(run.data.tags.get(TAG_RUN_DIR, "")), "KILLED"
+        recorded = read_driver(run_dir) if run_dir.is_absolute() else {}
+        if recorded.get("run_id") == run_id:
+            status = mlflow_status(recorded["status"])
+            _send_metrics(store, run_id, run_dir, float("inf") if status == "FINISHED" else _committed(run_dir)[0], set())
+        store.set_terminated(run_id, status)
+        ended.append(run_id)
     return ended

@@ -201,7 +201,7 @@ def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | Non
         tracker.log_artifacts(run_dir / "ledger", "ledger")
     except Exception as error:  # A tracking server that is away must not turn a finished run into a failed one.
         note(f"artifacts not copied to MLflow ({error}); they stand in {run_dir}")
-    tracker.end({"finished": "FINISHED", "early_stopped": "FINISHED", "stopped": "KILLED", "killed": "KILLED"}.get(status, "FAILED"))
+    tracker.end(tracking.mlflow_status(status))
 
 
 def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:
