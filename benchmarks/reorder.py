@@ -94,7 +94,8 @@ def ours(source: Path, out: Path, rows: int) -> None:
     report = reorder_embeddings(
         str(source), str(out), shards, lambda name: samples if (int(name) + 1) * SHARD <= rows else samples[samples < rows % SHARD]
     )
-    assert report.faults_total == 0 and report.samples_out == report.samples_in
+    assert report.faults_total == 0
+    assert report.samples_out == report.samples_in
 
 
 def check(out: Path, rows: int) -> None:
@@ -103,7 +104,8 @@ def check(out: Path, rows: int) -> None:
         found = np.load(out / "img_emb" / f"img_emb_{number:05d}.npy")
         urls = np.arange(number * SHARD, min((number + 1) * SHARD, rows))
         expected = np.where(urls % DEAD == DEAD - 1, 0, urls % 2000 + 1).astype(np.float16)
-        assert found.dtype == np.float16 and np.array_equal(found[:, 0], expected), f"shard {number} is wrong"
+        assert found.dtype == np.float16, f"shard {number} has another dtype"
+        assert np.array_equal(found[:, 0], expected), f"shard {number} is wrong"
 
 
 def peak_megabytes() -> float:

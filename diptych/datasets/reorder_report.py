@@ -20,13 +20,60 @@ import pyarrow.parquet as pq
 from diptych.batches import Fault
 from diptych.config import ConfigError
 from diptych.datasets import folders, reorder, storage
-from diptych.datasets.reorder_index import PlaceIndex, ShardRows
+from diptych.datasets.manifest import Manifest
+from diptych.datasets.reorder_index import PlaceIndex, ShardRows, index_width, parse_places
 
 GAP_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string()), ("index", pa.int32()), ("reason", pa.string())])
 MOST_FAULTS = 10_000
 """Faults listed one by one in the summary; `gaps.parquet` has all."""
 _FORMAT = 1
 _GAPS_AT_ONCE = 50_000
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Shards of a manifest as DALLE2-pytorch's loader sees them."""
+
+    manifest: Manifest
+    width: int
+    """Index digits of the keys."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Samples:
+        """Raises `ValueError` where tars are not numbered or keys have no index digits."""
+        if not manifest.samples:
+            raise ValueError(f"{manifest.root} holds no samples")
+        key = manifest.rows(np.array([0]), ["key"])["key"][0].as_py()
+        shard = manifest.shard_names[int(manifest.shard_of(np.array([0]))[0])]
+        name = shard.rpartition("/")[2].removesuffix(".tar")
+        if not key.startswith(name):
+            raise ValueError(f"{shard} holds the key {key!r}, which does not begin with the name of its tar; pack or ingest the data again")
+        return cls(manifest, index_width([name], len(key)))
+
+    def shards(self) -> list[ShardRows]:
+        """Every shard with its rows: what img2dataset counted, failed downloads included, else up to the highest index of a sample."""
+        counts = self.manifest.shards.select(["successes", "failed_to_download", "failed_to_resize"]).to_pylist()
+        found = []
+        for number, (name, count) in enumerate(zip(self.manifest.shard_names, counts, strict=True)):
+            index = self.indices(number)
+            counted = sum(value or 0 for value in count.values())
+            found.append(ShardRows(name.rpartition("/")[2].removesuffix(".tar"), max(counted, int(index.max(initial=-1)) + 1)))
+        return found
+
+    def indices(self, shard: int) -> np.ndarray:
+        """Sorted indices (int64) of the samples of shard number `shard`. Raises `ValueError` for a key of another shard."""
+        start, stop = self.manifest.shard_starts[shard : shard + 2]
+        keys = self.manifest.columns.texts("key").slice(start, stop - start)
+        name = self.manifest.shard_names[shard].rpartition("/")[2].removesuffix(".tar")
+        places, digits = parse_places(keys.cast(pa.string()))
+        base = 10**self.width
+        wrong = np.flatnonzero((digits != len(name) + self.width) | (places // base != int(name) if name.isdigit() else True))
+        if len(wrong):
+            raise ValueError(
+                f"{name}.tar holds {len(wrong)} keys such as {keys[int(wrong[0])].as_py()!r} that are not its name followed by {self.width} index "
+                "digits, so DALLE2-pytorch could not find their embedding; pack or ingest the data again"
+            )
+        return np.sort(places % base)
 
 
 @dataclass
@@ -64,7 +111,7 @@ def reorder_embeddings(
     embeddings: str,
     out: str,
     shards: Sequence[ShardRows],
-    samples: Callable[[str], np.ndarray | None],
+    samples: Callable[[str], np.ndarray],
     *,
     overwrite: bool = False,
     jobs: int = 2,
@@ -72,7 +119,7 @@ def reorder_embeddings(
 ) -> Report:
     """Write the embeddings of the folder `embeddings` below `out`, a file per shard and modality.
 
-    `samples(shard)` gives the sorted indices (int64) of the samples that stand in the tar, or None if that is not known.
+    `samples(shard)` gives the sorted indices (int64) of the samples that stand in the tar.
     Raises `ValueError` for embeddings without a place, before anything is written, and `ConfigError` for an `out` that holds another result.
     """
     source = reorder.open_source(embeddings)
@@ -98,14 +145,12 @@ def reorder_embeddings(
     return report
 
 
-def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder.ShardResult, present: np.ndarray | None) -> None:
+def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder.ShardResult, present: np.ndarray) -> None:
     """Add one shard to the report: each row of zeros is either a sample that never was, or a fault."""
     if result.filled == 0:
-        if present is None or len(present):
-            found = "its" if present is None else f"its {len(present)}"
-            report.add(
-                Fault(f"{result.name}.tar", "", "missing_embeddings", f"none of {found} samples has an embedding; no file was written")
-            )
+        if len(present):
+            detail = f"none of its {len(present)} samples has an embedding; no file was written"
+            report.add(Fault(f"{result.name}.tar", "", "missing_embeddings", detail))
         return
     bad = np.zeros(result.rows, bool)
     for where in result.bad.values():
@@ -117,9 +162,8 @@ def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder
     gap = np.zeros(result.rows, bool)
     gap[result.gaps] = True
     known = np.zeros(result.rows, bool)
-    if present is not None:
-        known[present[present < result.rows]] = True
-    lost, extra = gap & known, ~gap & ~known & (present is not None)
+    known[present] = True
+    lost, extra = gap & known, ~gap & ~known
     report.gaps += int((gap & ~lost).sum())
     for reason, where, detail in (
         ("no_sample", gap & ~lost, ""),
