@@ -9,17 +9,21 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.batches import Fault, StepBatch
+from diptych.batches import StepBatch
 from diptych.config import ConfigError, RunConfig
+from diptych.pipelines.samples import write_samples
 
 if TYPE_CHECKING:
     import torch
 
     from diptych.datasets.stream import StreamSpec
+    from diptych.trainers.loop import Callbacks
+    from diptych.trainers.task import Batch, Task
 
 StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[StepBatch]]
 """`(spec, rank, world_size, start_step, stop_step)` → this worker's shares; a stop of None is the end of a finite stream."""
@@ -73,14 +77,8 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
         def validation() -> Iterable[StepBatch]:
             return make_stream(payload["validation"], world.rank, world.size, 0, None)
 
-        ended = train(
-            config,
-            strategy,
-            stream,
-            validation if payload["validation"] is not None else None,
-            recorder,
-            _callbacks(run_dir, attempt.attempt),
-        )
+        held_out = validation if payload["validation"] is not None else None
+        ended = train(config, strategy, stream, held_out, recorder, callbacks=_callbacks(payload, config, attempt.attempt, world.rank))
         result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
     except (ConfigError, Diverged, FaultBudgetExceeded) as error:
         result = {"status": "failed", "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
@@ -92,17 +90,32 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
     return result
 
 
-def _callbacks(run_dir: Path, attempt: int) -> Any:
+def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: int, rank: int) -> Callbacks:
     from diptych.datasets.ledger import Ledger
     from diptych.trainers.loop import Callbacks
 
+    run_dir = Path(payload["run_dir"])
     ledger = Ledger(str(run_dir), attempt)
-    asked = _StopFile(run_dir / "stop")
+    shows = payload["validation"] is not None and config.tracking.samples and rank == 0
+    looked_at: list[Batch] = []
 
-    def record(step: int, rank: int, faults: list[Fault]) -> None:
-        ledger.record(step, rank, faults)
+    def show(step: int, task: Task) -> None:
+        if not shows:
+            return
+        if not looked_at:
+            looked_at.append(_first_samples(payload["validation"], config.tracking.samples, task))
+        write_samples(run_dir / "samples", step, task, looked_at[0])
 
-    return Callbacks(should_stop=asked, record_faults=record)
+    return Callbacks(should_stop=_StopFile(run_dir / "stop"), record_faults=ledger.record, show=show)
+
+
+def _first_samples(spec: StreamSpec, count: int, task: Task) -> Batch:
+    """The first held-out samples, read by this worker alone, on the task's device."""
+    from diptych.datasets.stream import LocalStream
+    from diptych.trainers.validation import to_device
+
+    share = next(iter(LocalStream(replace(spec, global_batch_size=min(count, spec.selection.samples), micro_batches=1), 0, 1, 0, 1)))
+    return to_device(share.arrays, next(task.parameters()).device)
 
 
 class _StopFile:

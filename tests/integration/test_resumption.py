@@ -46,7 +46,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, shards: Path, ray_sessi
 
     class Made(dict[int, Path]):
         def __missing__(self, workers: int) -> Path:
-            result = train([*overrides(shards, f"whole{workers}", workers=workers), f"output={folder}"])
+            result = train([*overrides(shards, f"whole{workers}", workers=workers), f"output={folder}", "tracking.enabled=false"])
             assert (result["status"], result["step"]) == ("finished", STEPS)
             self[workers] = Path(result["run_dir"])
             return self[workers]
