@@ -178,6 +178,11 @@ class Task(nn.Module, abc.ABC):
     def export(self, folder: Path) -> None:
         """Write the model in the layout that its own ecosystem loads."""
 
+    @property
+    def usage(self) -> str:
+        """Python that loads the exported folder `{folder}` in its own ecosystem, for the model card."""
+        return ""
+
 
 def synthetic_rows(batch_size: int) -> Batch:
     """The keys of `batches.Slots` for an `example_batch`: slots 0…B−1, all of weight one."""

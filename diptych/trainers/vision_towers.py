@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Tower(nn.Module, abc.ABC):
     mean: tuple[float, ...]
     """Of the normalisation that the weights expect, per channel, for pixels in [0, 1]."""
     std: tuple[float, ...]
+    usage: ClassVar[str]
+    """Python that loads the exported folder `{folder}`."""
 
     @abc.abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
@@ -60,6 +62,16 @@ class Tower(nn.Module, abc.ABC):
 
 class ClipTower(Tower):
     """CLIP's pooled output (the class token after the last norm), dropout, and a linear projection."""
+
+    usage = """import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPVisionModel
+
+vision, processor = CLIPVisionModel.from_pretrained("{folder}"), AutoImageProcessor.from_pretrained("{folder}")
+projection = load_file("{folder}/projection.safetensors")
+pooled = vision(**processor(Image.open("image.jpg"), return_tensors="pt")).pooler_output
+print(torch.nn.functional.normalize(torch.nn.functional.linear(pooled, projection["weight"], projection["bias"])))"""
 
     def __init__(self, config: ClipVitConfig) -> None:
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -103,6 +115,14 @@ class ClipTower(Tower):
 
 class TimmTower(Tower):
     """A timm vision transformer whose head projects to the targets."""
+
+    usage = """import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+print(torch.nn.functional.normalize(model(transform(Image.open("image.jpg").convert("RGB"))[None])))"""
 
     def __init__(self, config: ClipVitConfig) -> None:
         super().__init__()

@@ -83,6 +83,11 @@ class ClipVitTask(Task):
         target = torch.randn(batch_size, self.config.embedding_dim, generator=generator)
         return synthetic_rows(batch_size) | {"image": image, "text_embedding": target}
 
+    @property
+    def usage(self) -> str:
+        """See `Task.usage`."""
+        return self.tower.usage
+
     def export(self, folder: Path) -> None:
         """clip: what `CLIPVisionModel` loads, with `projection.safetensors`; timm: what `timm.create_model("local-dir:…")` loads."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
 """GPT-2 on prompts: the next token of every text, its end included, with no mean over padding.
 
-A micro-batch is rearranged before the model sees it (`task.batching`): cut to its longest prompt, computed in groups of
-like lengths, or packed. The order of the run is untouched, and so is the loss: it is a sum over label tokens, and every prompt
-attends to itself alone. The vocabulary projection is computed for label positions only, so padding costs nothing there.
+The loss is a sum over label tokens, so how a micro-batch is laid out (`prompt_layout`) does not change it. The vocabulary
+projection is computed for label positions only, so padding costs nothing there.
 
-Shapes: B prompts, L tokens, R rows of T tokens after rearranging, N label tokens.
+Shapes: B prompts, L tokens, R rows of T tokens as laid out, N label tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,24 +20,15 @@ from torch.nn import functional
 from diptych.config import ConfigError
 from diptych.recipes.gpt2 import GPT2Config
 from diptych.trainers.completion import Completer
+from diptych.trainers.decoding import Decoding
 from diptych.trainers.gpt2_steps import GPT2Steps
 from diptych.trainers.prompt_evaluation import evaluate_prefix, evaluate_prompts
-from diptych.trainers.task import Batch, Evaluation, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.prompt_layout import Sheet, lay_out
+from diptych.trainers.task import Batch, Evaluation, Output, Table, Task, Term, Validation, synthetic_rows
 from diptych.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
-
-
-class Sheet(NamedTuple):
-    """Prompts laid out for one call of the model."""
-
-    tokens: Tensor
-    """int64 [R, T]"""
-    owner: Tensor
-    """int64 [R, T]: the row of the batch that a token belongs to, -1 on padding"""
-    positions: Tensor | None
-    """int64 [R, T] where prompts don't start at column 0, else None"""
 
 
 class GPT2Task(Task):
@@ -105,19 +95,38 @@ class GPT2Task(Task):
         model = self.gpt2
         return Completer(GPT2Steps(model), self.tokenizer, model.config.n_positions, model.device)
 
+    def show(self, batch: Batch) -> Table | None:
+        """Held-out prompts continued greedily from their first words, beside what people wrote."""
+        if self.vocabulary.tokenizer is None:
+            return None
+        texts = self._texts([batch])
+        prompts = [" ".join(text.split()[:3]) for text in texts]
+        completed = self.completer().complete(prompts, Decoding(max_new_tokens=self.config.length))
+        return Table(
+            "Prompts continued",
+            ["given", "continued", "written"],
+            [[p, c[0].text, t] for p, c, t in zip(prompts, completed, texts, strict=True)],
+        )
+
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The strategies table of the keyword generator where prompts have keywords, and scores of texts from `task.prefix`."""
-        texts = [
-            self.tokenizer.decode(tokens[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for batch in batches
-            for tokens, mask, weight in zip(batch["tokens"], batch["token_mask"], batch["weight"], strict=True)
-            if weight > 0
-        ]
+        if self.vocabulary.tokenizer is None:
+            return Evaluation()
+        texts = self._texts(batches)
         evaluation = evaluate_prompts(self.completer(), texts)
         if self.config.prefix:
             from_prefix = evaluate_prefix(self.completer(), texts, self.config.prefix)
             evaluation = Evaluation(evaluation.metrics | from_prefix.metrics, evaluation.tables + from_prefix.tables)
         return evaluation
+
+    def _texts(self, batches: Iterable[Batch]) -> list[str]:
+        """The samples' texts, from their tokens."""
+        return [
+            self.tokenizer.decode(tokens[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for batch in batches
+            for tokens, mask, weight in zip(batch["tokens"], batch["token_mask"], batch["weight"], strict=True)
+            if weight > 0
+        ]
 
     def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
         """Random tokens, prompts of unequal lengths."""
@@ -136,10 +145,17 @@ class GPT2Task(Task):
         if self.vocabulary.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
+    @property
+    def usage(self) -> str:
+        """See `Task.usage`."""
+        return """from transformers import pipeline
+
+print(pipeline("text-generation", "{folder}")("a castle on a hill,", max_new_tokens=64)[0]["generated_text"])"""
+
     def _label_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, float]:
         """Of every label token its loss [N], whether its argmax is right [N], its row [N]; and the cells computed."""
         losses, hits, owners, cells = [], [], [], 0
-        for sheet in _lay_out(batch["tokens"], _lengths(batch), self.config):
+        for sheet in lay_out(batch["tokens"], _lengths(batch), self.config):
             hidden = self._hidden(sheet)
             labelled = (sheet.owner[:, 1:] >= 0) & (sheet.owner[:, 1:] == sheet.owner[:, :-1])
             logits = self.gpt2.lm_head(hidden[:, :-1][labelled]).float()
@@ -245,49 +261,3 @@ def _with_adapters(model: GPT2LMHeadModel, config: GPT2Config) -> Any:
 def _lengths(batch: Batch) -> Tensor:
     """Tokens of each sample, int64 [B]; 0 on rows of weight zero."""
     return batch["token_mask"].sum(1) * (batch["weight"] > 0)
-
-
-def _lay_out(tokens: Tensor, lengths: Tensor, config: GPT2Config) -> list[Sheet]:
-    """The prompts `tokens` [B, L] of `lengths` [B] as sheets with little padding."""
-    rows = lengths.tolist()
-    if config.batching == "pack":
-        return [_packed(tokens, rows)]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    if config.batching == "trim" or len(order) < 2 * config.buckets:
-        return [_trimmed(tokens, lengths, torch.arange(len(rows)), max(rows))]
-    # Groups of like lengths: prompts sorted by length and cut into equal parts.
-    size = -(-len(order) // config.buckets)
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [_trimmed(tokens, lengths, torch.tensor(group), max(rows[row] for row in group)) for group in groups]
-
-
-def _trimmed(tokens: Tensor, lengths: Tensor, rows: Tensor, longest: int) -> Sheet:
-    rows = rows.to(tokens.device)
-    width = max(longest, 2)
-    kept = tokens[rows, :width]
-    inside = torch.arange(width, device=tokens.device) < lengths[rows, None]
-    return Sheet(kept, torch.where(inside, rows[:, None], -1), None)
-
-
-def _packed(tokens: Tensor, lengths: list[int]) -> Sheet:
-    """First fit decreasing: each prompt goes to the first row that still has room for it."""
-    width = max(*lengths, 2)
-    room: list[int] = []
-    place: dict[int, tuple[int, int]] = {}
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if lengths[row]:
-            target = next((index for index, free in enumerate(room) if free >= lengths[row]), len(room))
-            if target == len(room):
-                room.append(width)
-            place[row] = (target, width - room[target])
-            room[target] -= lengths[row]
-    shape = (max(len(room), 1), width)
-    owner, source = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-    positions = torch.zeros(shape, dtype=torch.long)
-    for row, (target, start) in place.items():
-        span = slice(start, start + lengths[row])
-        owner[target, span] = row
-        positions[target, span] = torch.arange(lengths[row])
-        source[target, span] = torch.arange(lengths[row]) + row * tokens.shape[1]
-    device = tokens.device
-    return Sheet(tokens.reshape(-1)[source.to(device)], owner.to(device), positions.to(device))
