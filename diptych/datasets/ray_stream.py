@@ -1,0 +1,214 @@
+"""The stream on Ray Data: every train worker runs its own, and read tasks on any node fill its blocks.
+
+One read task is one block, so a task's payload is a few kilobytes of rows and slots, and what it returns arrives whole and
+in order. Blocks are handed to Ray Data a bounded segment at a time, so that a run of 10⁹ slots costs what a short one does. Lost read
+workers are Ray's to replace; an error inside a read is raised here as itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ExecutionOptions, ExecutionResources
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from diptych.batches import FIELDS, Fault, Needs, StepBatch
+from diptych.datasets.reader import Samples, SampleSource, read_rows
+from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
+
+SEGMENT_BLOCKS = 256
+"""Blocks that Ray Data plans at once; the next segment starts before this one ends."""
+_FAULT, _TAIL = "fault", "tail"
+
+
+def read_block(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: Needs, seed: int) -> list[pa.Table]:
+    """Body of a read task: one Arrow table, with `pack`'s columns."""
+    # Threads inside a read worker only compete with the other workers.
+    pa.set_cpu_count(1)
+    return [pack(read_rows(source, rows, slots, needs, seed))]
+
+
+def pack(samples: Samples) -> pa.Table:
+    """Arrays as columns of fixed-size bytes, without a copy; faults as JSON in their rows."""
+    columns, fields = [], []
+    for key, array in samples.arrays.items():
+        array = np.ascontiguousarray(array)
+        kind = pa.binary(array[0].nbytes)
+        columns.append(pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(array.reshape(-1).view(np.uint8))]))
+        # The shape of a row travels with its column, so that a block explains itself.
+        fields.append(pa.field(key, kind, metadata={_TAIL: json.dumps(array.shape[1:])}))
+    faults: list[str | None] = [None] * len(samples.arrays["slot"])
+    for index, fault in samples.faults:
+        faults[index] = json.dumps(asdict(fault))
+    return pa.Table.from_arrays([*columns, pa.array(faults, pa.string())], schema=pa.schema([*fields, pa.field(_FAULT, pa.string())]))
+
+
+def unpack(tables: list[pa.Table]) -> Samples:
+    """What `pack` packed; the arrays are views of one table's memory, and read-only."""
+    arrays = {}
+    for field in tables[0].schema:
+        if field.name == _FAULT:
+            continue
+        tail = tuple(json.loads(field.metadata[_TAIL.encode()]))
+        pieces = [_view(chunk).view(FIELDS[field.name].dtype).reshape(-1, *tail) for table in tables for chunk in table[field.name].chunks]
+        arrays[field.name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    texts = [text for table in tables for text in table[_FAULT].to_pylist()]
+    return Samples(arrays, [(index, Fault(**json.loads(text))) for index, text in enumerate(texts) if text is not None], 0)
+
+
+def _view(chunk: pa.Array) -> np.ndarray:
+    width = chunk.type.byte_width
+    return np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+
+
+class SlotsDatasource(Datasource):
+    """Blocks `first` to `stop` of a plan as read tasks."""
+
+    def __init__(self, plan: Plan, first: int, stop: int) -> None:
+        super().__init__()
+        self.blocks = [plan.block(number) for number in range(first, stop)]
+        self._spec, self._bytes = plan.spec, plan.block_bytes
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Decoded bytes of all blocks."""
+        return self._bytes * len(self.blocks)
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """One task per block, whatever the parallelism asked for."""
+        spec = self._spec
+        return [
+            ReadTask(
+                partial(read_block, spec.source, block.rows, block.wanted, spec.needs, spec.seed),
+                BlockMetadata(num_rows=len(block.wanted), size_bytes=self._bytes, exec_stats=None, input_files=None),
+            )
+            for block in self.blocks
+        ]
+
+
+class _Segment:
+    """Consecutive blocks in one execution of Ray Data, begun at once in a thread of its own."""
+
+    def __init__(self, plan: Plan, first: int, stop: int, cpus: float) -> None:
+        self.stop = stop
+        self._plan, self._first, self._cpus = plan, first, cpus
+        self._blocks: list[Block] = []
+        self._tables: Iterator[pa.Table] = iter(())
+        self._head: pa.Table | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._begin, name=f"diptych-segment-{first}", daemon=True)
+        self._thread.start()
+
+    def _begin(self) -> None:
+        try:
+            source = SlotsDatasource(self._plan, self._first, self.stop)
+            self._blocks = source.blocks
+            dataset = _dataset(source, self._cpus, self._plan)
+            self._tables = iter(
+                dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self._plan.spec.prefetch_blocks)
+            )
+            self._head = next(self._tables, None)
+        except BaseException as error:  # Raised where the segment is consumed.
+            self._error = error
+
+    def read(self) -> Iterator[tuple[Block, Samples]]:
+        """Every block, whole, with what was read for it."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        for block in self._blocks:
+            tables: list[pa.Table] = []
+            missing = len(block.wanted)
+            while missing > 0:
+                table = self._head if self._head is not None else next(self._tables, None)
+                self._head = None
+                if table is None:
+                    raise RuntimeError(f"the stream ended {missing} rows before the end of the block at row {block.start}")
+                tables.append(table)
+                missing -= table.num_rows
+            yield block, unpack(tables)
+
+    def close(self) -> None:
+        """End the execution, if it is still running."""
+        self._thread.join()
+        close = getattr(self._tables, "close", None)
+        if close is not None:
+            close()
+
+
+def _dataset(source: SlotsDatasource, cpus: float, plan: Plan) -> Any:
+    # As many tasks as CPUs begun; the parts are rounded down so that all of them fit under the limit.
+    tasks = max(1, math.ceil(cpus))
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.blocks), num_cpus=math.floor(cpus / tasks * 1e4) / 1e4)
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    # A block is never cut: its size is bounded where it is planned.
+    context.target_max_block_size = None
+    ahead = plan.spec.prefetch_blocks + 2 * tasks + 2
+    context.execution_options = ExecutionOptions(
+        resource_limits=ExecutionResources(cpu=cpus, object_store_memory=ahead * max(plan.block_bytes, 1 << 20)),
+        preserve_order=True,
+        verbose_progress=False,
+    )
+    return dataset
+
+
+class RayStream:
+    """This worker's shares of the steps [start_step, stop_step), read by Ray Data with at most `cpus` logical CPUs."""
+
+    def __init__(self, spec: StreamSpec, rank: int, world_size: int, start_step: int, stop_step: int | None, cpus: float = 1.0) -> None:
+        if cpus <= 0:
+            raise ValueError(f"cpus: {cpus} logical CPUs for reading; at least a part of one is needed (cluster.data_cpus)")
+        self.plan, self.cpus = Plan(spec, rank, world_size, start_step, stop_step), cpus
+        # Ray Data tells of every execution; a run has one per segment.
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        plan = self.plan
+        assembler = Assembler(plan)
+        overlap = 2 * math.ceil(self.cpus) + plan.spec.prefetch_blocks
+        open_segments: list[_Segment] = []
+        try:
+            for number in range(plan.blocks):
+                if not open_segments or (len(open_segments) == 1 and open_segments[0].stop - number <= overlap):
+                    first = open_segments[-1].stop if open_segments else number
+                    if first < plan.blocks:
+                        open_segments.append(_Segment(plan, first, min(first + SEGMENT_BLOCKS, plan.blocks), self.cpus))
+                if number == 0 or number == open_segments[0].stop:
+                    if number:
+                        open_segments.pop(0).close()
+                    blocks = open_segments[0].read()
+                yield from assembler.add(*next(blocks))
+        except Exception as error:
+            original = _original(error)
+            if original is error:
+                raise
+            raise original from error
+        finally:
+            for segment in open_segments:
+                segment.close()
+
+
+def _original(error: BaseException) -> BaseException:
+    """The exception that a read task raised, out of Ray's wrappers."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ray.exceptions.RayTaskError):
+            seen = seen.cause if isinstance(seen.cause, BaseException) else None
+        elif type(seen).__module__.startswith("ray."):
+            seen = seen.__cause__
+        else:
+            return seen
+    return error
