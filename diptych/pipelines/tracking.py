@@ -62,6 +62,12 @@ def without_credentials(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def explain(error: Exception, uri: str) -> str:
+    """The error's text without the credentials of `uri`, which MLflow's own messages repeat."""
+    user = urlsplit(uri).netloc.rpartition("@")[0]
+    return str(error).replace(f"{user}@", "") if user else str(error)
+
+
 def driver_identity() -> str:
     """host:pid:start time of this process; a recycled pid has another start time."""
     import psutil
@@ -167,7 +173,7 @@ class Tracker:
             try:
                 self.sync()
             except Exception as error:  # A lost server must not stop training; the files keep what is missing.
-                logger.warning("MLflow does not answer (%s); metrics are kept in the run folder and sent later", error)
+                logger.warning("MLflow does not answer (%s); metrics are kept in the run folder and sent later", explain(error, self.uri))
                 self._stop.wait(5.0)
 
     def sync(self, final: bool = False) -> None:
@@ -194,7 +200,7 @@ class Tracker:
                 return
             except Exception as error:
                 if time.monotonic() > deadline:
-                    logger.warning("MLflow is still away (%s); `diptych runs` sends the rest of %s later", error, self.run_dir)
+                    logger.warning("MLflow is still away (%s); `diptych runs` sends the rest of %s later", explain(error, self.uri), self.run_dir)
                     return
                 time.sleep(3.0)
 
