@@ -19,7 +19,7 @@ from diptych.trainers.captioning import generate_captions
 from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.retrieval import retrieval_metrics
-from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.task import Batch, Output, Table, Task, Term, Validation, synthetic_rows
 from diptych.vocabulary import load_vocabulary
 
 _LARGEST_LOGIT_SCALE = math.log(100)
@@ -158,6 +158,12 @@ class CocaTask(Task):
             self.model, self.pixels(image), self.vocabulary, self.config.context_length, decoding or Decoding(), numbers
         )
         return [[self.vocabulary.decode(caption) for caption in captions] for captions in tokens]
+
+    def show(self, batch: Batch) -> Table:
+        """The caption made for each image beside the true one."""
+        made = [texts[0] for texts in self.captions(batch["image"])]
+        true = [self.vocabulary.decode(tokens) for tokens in batch["tokens"].tolist()]
+        return Table("Captions of held-out images", ["true", "made"], [list(row) for row in zip(true, made, strict=True)])
 
     def export(self, folder: Path) -> None:
         """Write the layout that `open_clip.create_model_and_transforms("local-dir:<folder>")` loads."""
