@@ -25,6 +25,8 @@ READ_RETRIES = 5
 """Repetitions of a read after a transient error, unless the caller says otherwise (`data.read_retries`)."""
 FIRST_DELAY_SECONDS = 0.1
 LONGEST_DELAY_SECONDS = 10.0
+STALL_SECONDS, SLOWEST_BYTES_PER_SECOND = 60, 1e6
+"""A ranged GET may take this long, plus its bytes at this rate; a silent server would else hold a run for minutes."""
 OPEN_FILES = 128
 """Descriptors that ranged reads keep open, per process."""
 LOCAL_GAP, REMOTE_GAP = 1 << 16, 1 << 20
@@ -121,6 +123,8 @@ def with_retries(action: Callable[[], T], url: str, offset: int, size: int, retr
             raise
         except Exception as error:
             if not is_transient(error):
+                if _is_network(error) and not isinstance(error, OSError):
+                    raise PermanentReadError(url, offset, size, f"{type(error).__name__}: {error}") from error
                 raise
             if is_local(url):
                 _files.drop(local_path(url))
@@ -134,12 +138,16 @@ def with_retries(action: Callable[[], T], url: str, offset: int, size: int, retr
 
 def is_transient(error: BaseException) -> bool:
     """Whether a repetition may succeed: network and server errors, yes; a missing or forbidden file, no."""
-    if isinstance(error, _PERMANENT):
+    if isinstance(error, _PERMANENT) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return False
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 425, 429)
-    return isinstance(error, OSError | TimeoutError | EOFError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
+    return isinstance(error, OSError | TimeoutError | EOFError) or _is_network(error)
+
+
+def _is_network(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
 
 
 class _File:
@@ -196,7 +204,9 @@ def _pread(url: str, offset: int, size: int) -> bytes:
 
 def _ranged_get(url: str, offset: int, size: int) -> bytes:
     fs, path = file_system(url)
-    data = fs.cat_file(path, start=offset, end=offset + size)
+    # Asynchronous file systems take a deadline with every call.
+    deadline = {"timeout": STALL_SECONDS + size / SLOWEST_BYTES_PER_SECOND} if fs.async_impl else {}
+    data = fs.cat_file(path, start=offset, end=offset + size, **deadline)
     if len(data) > size:
         raise PermanentReadError(url, offset, size, "the server ignores the Range header; serve the shards from one that honours it")
     if len(data) < size:
