@@ -1,0 +1,285 @@
+"""`diptych embed`: CLIP embeddings of pictures and captions in clip-retrieval's layout, by an actor pool on Ray Data.
+
+A partition is written at once; a call that was killed and is repeated computes only what is missing. `--verify` computes
+samples of an existing folder again, whoever made it, and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+import typer
+
+from diptych.config import Config, ConfigError, Paths, build
+from diptych.pipelines.console import finish, note, progress, show_faults
+
+if TYPE_CHECKING:
+    from diptych.pipelines.embed_worker import EmbedSpec
+
+_SAME = 0.99
+"""Cosine from which two embeddings of one sample count as equal: float16 and other kernels stay far above."""
+
+
+class EmbedOptions(Config):
+    """How samples become embeddings."""
+
+    model: str = ""
+    """open_clip NAME/TAG, a folder (an exported CoCa, open_clip's or Hugging Face's layout), a hub name, or `sentence:NAME`."""
+    modality: Literal["both", "image", "text"] = "both"
+    """What is embedded."""
+    batch_size: int = pydantic.Field(256, ge=1)
+    """Samples of one forward pass."""
+    partition_size: int = pydantic.Field(0, ge=0)
+    """Samples of one partition of the output; 0 = a 64th of the data, within 2,048 and 100,000."""
+    actors: int = pydantic.Field(0, ge=0)
+    """Copies of the model; 0 = one per four cores, or one with a GPU."""
+    cpus_per_actor: int = pydantic.Field(0, ge=0)
+    """Threads of an actor; 0 = this machine's cores over the actors."""
+    gpus_per_actor: float = pydantic.Field(0.0, ge=0)
+    """GPUs of an actor; above 0 the model runs on CUDA."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto` takes bf16 where the device multiplies it fast."""
+    keep: Paths = ()
+    """Keep-lists; a sample is embedded if all of them keep it."""
+    manifest: str = ""
+    """Folder of the manifest; empty = beside the shards."""
+    address: str = ""
+    """Ray address; empty = `RAY_ADDRESS`, else a local Ray."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """`image`, `text`."""
+        return ("image", "text") if self.modality == "both" else (self.modality,)
+
+
+def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Embed `shards` into `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
+
+    `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
+    to be embedded, or an `out` that another call has filled.
+    """
+    from diptych.datasets import embed_layout
+
+    started = time.monotonic()
+    chosen = build(EmbedOptions, options or {})
+    spec = _prepare(shards, out, chosen)
+    embed_layout.claim(out, _provenance(spec, chosen))
+    layout = spec.layout
+    missing = [partition for partition in range(layout.partitions) if not layout.is_finished(partition)]
+    skipped = layout.partitions - len(missing)
+    if skipped:
+        note(f"{skipped} of {layout.partitions} partitions were there already; computing the other {len(missing)}")
+    if missing:
+        with progress(f"embedding with {chosen.model}", layout.samples) as advance:
+            advance(layout.samples - sum(stop - start for start, stop in map(layout.span, missing)))
+            for partition in _computed(spec, chosen, missing):
+                start, stop = layout.span(partition)
+                advance(stop - start)
+    outcomes = [layout.read_outcome(partition) for partition in range(layout.partitions)]
+    return {
+        "samples_in": layout.samples,
+        "samples_out": sum(rows for rows, _ in outcomes),
+        "faults": [fault for _, faults in outcomes for fault in faults],
+        "seconds": time.monotonic() - started,
+        "partitions": layout.partitions,
+        "partitions_skipped": skipped,
+    }
+
+
+def _prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
+    from diptych.datasets import embed_layout
+    from diptych.datasets.keep import select
+    from diptych.datasets.manifest import open_manifest
+    from diptych.pipelines.embed_worker import EmbedSpec
+    from diptych.trainers.clip_embedder import parse_model
+
+    model = parse_model(options.model)
+    manifest = open_manifest(shards, options.manifest)
+    facts = manifest.facts()
+    for modality, kind in (("image", "images"), ("text", "captions")):
+        if modality in options.modalities and not facts[kind]:
+            raise ConfigError("SHARDS", shards, f"shards with {kind}; these hold none", "Choose the other with --modality.")
+    selection, _ = select(manifest, options.keep, 0.0, 0)
+    if selection.rows is not None:
+        selection = selection.save(os.path.join(manifest.folder, f"embed-{selection.digest[:16]}.npy"))
+    size = options.partition_size or embed_layout.default_partition_size(selection.samples)
+    layout = embed_layout.Layout(out, selection.samples, size)
+    threads = options.cpus_per_actor or max(1, (os.cpu_count() or 1) // _actors(options))
+    device = "cuda" if options.gpus_per_actor else "cpu"
+    return EmbedSpec(
+        manifest, selection, layout, model, options.modalities, options.batch_size, options.precision, device, threads
+    ), manifest
+
+
+def _actors(options: EmbedOptions) -> int:
+    return options.actors or (1 if options.gpus_per_actor else max(1, (os.cpu_count() or 1) // 4))
+
+
+def _provenance(spec: EmbedSpec, options: EmbedOptions) -> dict[str, Any]:
+    """What the embeddings depend on."""
+    return {
+        "model": options.model,
+        "weights": _weights_digest(options.model),
+        "modalities": list(options.modalities),
+        "precision": options.precision,
+        "data_digest": spec.selection.digest,
+        "partition_size": spec.layout.partition_size,
+        "dtype": "float16",
+    }
+
+
+def _weights_digest(model: str) -> str:
+    """sha256 of a local folder's weights; empty for a name, which its tag identifies."""
+    folder = Path(model.removeprefix("sentence:"))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(path for suffix in ("safetensors", "bin", "pt") for path in folder.rglob(f"*.{suffix}")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _computed(spec: EmbedSpec, options: EmbedOptions, missing: list[int]) -> Iterator[int]:
+    """Have the actors compute `missing`; yields each partition once it is written."""
+    from diptych.pipelines import ray_context
+    from diptych.pipelines.embed_worker import PARTITIONS_IN_FLIGHT, EmbedWorker
+
+    actors = min(_actors(options), len(missing))
+    with ray_context.ray_session(actors * spec.threads, options.address) as ray, _quiet_ray_data(ray):
+        _check_resources(ray, actors, spec.threads, options.gpus_per_actor)
+        tasks = ray.data.from_items([{"partition": partition} for partition in missing], override_num_blocks=len(missing))
+        done = tasks.map(
+            EmbedWorker,
+            fn_constructor_args=(spec,),
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 * PARTITIONS_IN_FLIGHT),
+            num_cpus=spec.threads,
+            num_gpus=options.gpus_per_actor or None,
+            max_concurrency=PARTITIONS_IN_FLIGHT,
+        )
+        for row in done.iter_rows():
+            yield row["partition"]
+
+
+def _check_resources(ray: Any, actors: int, cpus: int, gpus: float) -> None:
+    total = ray.cluster_resources()
+    for key, name, needed in (("--actors", "CPU", actors * cpus), ("--gpus-per-actor", "GPU", actors * gpus)):
+        if needed > total.get(name, 0):
+            raise ConfigError(
+                key,
+                actors,
+                f"what Ray can schedule: {needed:g} {name} needed, {total.get(name, 0):g} there",
+                "Lower it, or join a cluster.",
+            )
+
+
+@contextmanager
+def _quiet_ray_data(ray: Any) -> Iterator[None]:
+    """Ray Data without bars of its own: ours counts samples."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before
+
+
+def verify(shards: str, out: str, count: int, options: dict[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
+    """Compute `count` random samples (0 = all) of the embeddings in `out` again and compare by cosine.
+
+    Returns run's keys, `faults` naming every sample below 0.99, and `cosine: {modality: {min, mean}}`. The folder may
+    be clip-retrieval's own or in the reordered layout.
+    """
+    import numpy as np
+
+    from diptych.datasets import embed_layout
+    from diptych.datasets.embeddings import PREFIXES, join
+    from diptych.pipelines.embed_worker import EmbedWorker
+
+    started = time.monotonic()
+    chosen = build(EmbedOptions, options or {})
+    former = embed_layout.read_provenance(out) or {}
+    present = [name for name, prefix in PREFIXES.items() if name in chosen.modalities and any(Path(out).rglob(f"{prefix}_*.npy"))]
+    if not present:
+        raise ConfigError("OUT", out, "a folder with img_emb or text_emb", "`diptych embed` without --verify makes one.")
+    updates = {"model": chosen.model or former.get("model", ""), "modality": "both" if len(present) == 2 else present[0]}
+    spec = _prepare(shards, out, chosen.model_copy(update=updates))
+    joined = join(spec.manifest, out, present)
+    have = np.flatnonzero(np.all([joined.lookups[name].file >= 0 for name in present], axis=0))
+    rows = have if not count or count >= len(have) else np.sort(np.random.default_rng(seed).choice(have, count, replace=False))
+    cosines: dict[str, list[float]] = {name: [] for name in present}
+    faults: list[dict[str, Any]] = []
+    with progress(f"verifying with {updates['model']}", len(rows)) as advance:
+        for batch, vectors in EmbedWorker(spec).embed(rows):
+            faults += [{"shard": fault.shard, "key": fault.key, "kind": fault.kind, "detail": fault.detail} for fault in batch.faults]
+            for name in present:
+                stored, _ = joined.read(batch.rows, name)
+                norms = np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
+                for index, cosine in enumerate(((stored / norms[:, None]) * vectors[name]).sum(axis=1).tolist()):
+                    cosines[name].append(cosine)
+                    if not cosine >= _SAME:
+                        detail = f"{name} embedding: cosine {cosine:.4f} with the one computed again"
+                        faults.append(
+                            {"shard": batch.shards[index], "key": batch.keys[index], "kind": "embedding_mismatch", "detail": detail}
+                        )
+            advance(len(batch.rows) + len(batch.faults))
+    found = {name: {"min": min(values), "mean": float(np.mean(values))} for name, values in cosines.items() if values}
+    return {
+        "samples_in": len(rows), "samples_out": len(rows) - len({(fault["shard"], fault["key"]) for fault in faults}), "faults": faults,
+        "seconds": time.monotonic() - started, "cosine": found, "dimensions": {name: joined.dim(name) for name in present},
+    }  # fmt: skip
+
+
+def command(
+    shards: Annotated[str, typer.Argument(help="folder, URL or brace pattern of tars")],
+    out: Annotated[str, typer.Argument(help="folder or URL for the embeddings")],
+    *,
+    model: Annotated[str, typer.Option(help="open_clip NAME/TAG, a folder, a hub name, or sentence:NAME")] = "",
+    modality: Annotated[str, typer.Option(help="both, image or text")] = "both",
+    batch_size: Annotated[int, typer.Option(help="samples of one forward pass")] = 256,
+    partition_size: Annotated[int, typer.Option(help="samples of one partition; 0 = chosen from the data")] = 0,
+    actors: Annotated[int, typer.Option(help="copies of the model; 0 = chosen from the cores")] = 0,
+    cpus_per_actor: Annotated[int, typer.Option(help="threads of an actor; 0 = cores over actors")] = 0,
+    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of an actor; above 0 it runs on CUDA")] = 0.0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    keep: Annotated[str, typer.Option(help="keep-lists, separated by commas")] = "",
+    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
+    address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
+    verify_samples: Annotated[str, typer.Option("--verify", metavar="K", help="compare K random samples of OUT (or `all`) instead")] = "",
+    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+) -> None:
+    """Embed SHARDS into OUT in clip-retrieval's layout; repeated, it computes only what is missing.
+
+    Example: diptych embed shards/ embeddings/ --model ViT-B-32/laion2b_s34b_b79k
+    """
+    options = {
+        "model": model, "modality": modality, "batch_size": batch_size, "partition_size": partition_size, "actors": actors,
+        "cpus_per_actor": cpus_per_actor, "gpus_per_actor": gpus_per_actor, "precision": precision, "keep": keep, "manifest": manifest,
+        "address": address,
+    }  # fmt: skip
+    if verify_samples:
+        if verify_samples != "all" and not (verify_samples.isdigit() and int(verify_samples)):
+            raise ConfigError("--verify", verify_samples, "a number of samples from 1, or all")
+        result = verify(shards, out, 0 if verify_samples == "all" else int(verify_samples), options)
+        for name, cosine in result["cosine"].items():
+            note(f"{name}: cosine min {cosine['min']:.4f}, mean {cosine['mean']:.4f} over {result['samples_in']:,} samples")
+    else:
+        result = run(shards, out, options)
+        note(f"{result['samples_out']:,} of {result['samples_in']:,} samples embedded in {result['seconds']:.1f} s: {out}")
+    show_faults(result["faults"])
+    finish(result, json, failed=bool(result["faults"]))
+
+
+if __name__ == "__main__":
+    from diptych.cli import main
+
+    main(["embed", *sys.argv[1:]])

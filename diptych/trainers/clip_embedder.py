@@ -1,0 +1,213 @@
+"""Models that turn pictures and captions into embeddings: open_clip's, exported CoCas, Hugging Face CLIPs, sentence models.
+
+Each is told by one string (`parse_model`), loads from the hub or a local folder, and preprocesses exactly as its own library
+does at inference. Shape legend: B rows, S pixels of the square input, D dimensions.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from diptych.config import ConfigError
+from diptych.trainers.precision import resolve_precision
+
+Kind = Literal["open_clip", "hf", "sentence"]
+ALLOWED = (
+    "an open_clip NAME/TAG such as ViT-B-32/laion2b_s34b_b79k, a folder in open_clip's layout (an exported CoCa), a Hugging Face CLIP by "
+    "name or folder, or sentence:NAME for texts alone"
+)
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name, understood."""
+
+    kind: Kind
+    name: str
+    """open_clip architecture, or what its library loads."""
+    weights: str = ""
+    """open_clip's pretrained tag or a weights file."""
+    config_file: str = ""
+    """JSON of an architecture that open_clip does not know by itself."""
+
+
+def parse_model(name: str) -> ModelName:
+    """Understand a model's name. Raises `ConfigError` if it is nothing that can be loaded."""
+    name = name.removeprefix("open_clip:")
+    if not name:
+        raise ConfigError("--model", name, ALLOWED)
+    if name.startswith("sentence:"):
+        return ModelName("sentence", name.removeprefix("sentence:"))
+    if Path(name).is_dir():
+        return _parse_folder(Path(name))
+    if name.startswith("hf-hub:"):
+        return ModelName("open_clip", name)
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    if architecture in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag not in tags and not Path(tag).is_file():
+            raise ConfigError(
+                "--model", name, f"{architecture}/TAG with one of {', '.join(tags)}, or a weights file", "Fresh weights embed nothing."
+            )
+        return ModelName("open_clip", architecture, tag)
+    if name.startswith(("/", ".", "~")) or "/" not in name:
+        raise ConfigError("--model", name, ALLOWED, "There is no such folder or architecture.")
+    return ModelName("hf", name)
+
+
+def _parse_folder(folder: Path) -> ModelName:
+    if (folder / "open_clip_config.json").is_file():
+        return ModelName("open_clip", f"local-dir:{folder}")
+    if (folder / "modules.json").is_file():
+        return ModelName("sentence", str(folder))
+    if (folder / "config.json").is_file():
+        return ModelName("hf", str(folder))
+    configs = [path for path in sorted(folder.glob("*.json")) if "vision_cfg" in json.loads(path.read_text())]
+    weights = [path for suffix in ("safetensors", "pt", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
+    if len(configs) == 1 and weights:
+        return ModelName("open_clip", configs[0].stem, str(weights[0]), str(configs[0]))
+    raise ConfigError(
+        "--model", str(folder), ALLOWED, "The folder needs open_clip_config.json, or an architecture's JSON beside its weights."
+    )
+
+
+class Embedder:
+    """A loaded model in evaluation mode. `pixels` may be called from many threads, the others from one at a time."""
+
+    def __init__(self, name: ModelName, device: str = "cpu", precision: str = "auto") -> None:
+        """Raises `ConfigError` if the weights cannot be loaded."""
+        self.device = torch.device(device)
+        self.precision = resolve_precision(precision, self.device)
+        try:
+            parts = {"open_clip": _load_open_clip, "hf": _load_hugging_face, "sentence": _load_sentence}[name.kind](name)
+        except ConfigError:
+            raise
+        except Exception as error:  # Three libraries and their transports raise what they like.
+            raise ConfigError("--model", name.name, ALLOWED, f"It cannot be loaded: {type(error).__name__}: {error}") from error
+        self.model = parts.model.to(self.device).eval()
+        self.parts = parts
+        self.mean = torch.tensor(parts.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(parts.std, device=self.device).view(1, 3, 1, 1)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it embeds: `image`, `text`."""
+        return ("image", "text") if self.parts.fit is not None else ("text",)
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """Encoded picture → uint8 `[S, S, 3]`, resized and cropped as the model's library does. Raises `ValueError` on bad bytes."""
+        assert self.parts.fit is not None
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.load()
+                fitted = self.parts.fit(picture if picture.mode in ("RGB", "L") else picture.convert("RGB"))
+        except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        return np.array(fitted.convert("RGB"))
+
+    def warm_up(self, modalities: Sequence[str]) -> dict[str, int]:
+        """Dimension of each modality, from one blank sample. Raises `ConfigError` if the model lacks one."""
+        for name in modalities:
+            if name not in self.modalities:
+                raise ConfigError("--modality", name, ", ".join(self.modalities), "A sentence model embeds texts alone: --modality text.")
+        found = {"text": self.texts(["a"])} if "text" in modalities else {}
+        if "image" in modalities:
+            blank = io.BytesIO()
+            Image.new("RGB", (64, 64)).save(blank, "PNG")
+            found["image"] = self.images(self.pixels(blank.getvalue())[None])
+        return {name: vectors.shape[1] for name, vectors in found.items()}
+
+    @torch.inference_mode()
+    def images(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 `[B, S, S, 3]` → float32 `[B, D]`, L2-normalised."""
+        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        with self.precision.autocast():
+            assert self.parts.encode_image is not None
+            found = self.parts.encode_image((batch - self.mean) / self.std)
+        return F.normalize(found.float(), dim=-1).cpu().numpy()
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str]) -> np.ndarray:
+        """B captions → float32 `[B, D]`, L2-normalised."""
+        with self.precision.autocast():
+            found = self.parts.encode_text(list(captions), self.device)
+        return F.normalize(found.float(), dim=-1).cpu().numpy()
+
+
+@dataclass
+class _Parts:
+    model: nn.Module
+    fit: Callable[[Image.Image], Image.Image] | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    encode_image: Callable[[Tensor], Tensor] | None
+    encode_text: Callable[[list[str], torch.device], Tensor]
+
+
+def _load_open_clip(name: ModelName) -> _Parts:
+    import open_clip
+    from torchvision.transforms import Compose
+
+    if name.config_file:
+        open_clip.add_model_config(name.config_file)
+    model, _, preprocess = open_clip.create_model_and_transforms(name.name, pretrained=name.weights or None)
+    tokenizer = open_clip.get_tokenizer(name.name)
+    # All but the last two steps (to tensor, normalise), which run on the device.
+    fit, normalise = Compose(preprocess.transforms[:-2]), preprocess.transforms[-1]
+
+    def encode_text(captions: list[str], device: torch.device) -> Tensor:
+        return model.encode_text(tokenizer(captions).to(device))
+
+    return _Parts(model, fit, normalise.mean, normalise.std, model.encode_image, encode_text)
+
+
+def _load_hugging_face(name: ModelName) -> _Parts:
+    from open_clip.transform import image_transform
+    from torchvision.transforms import Compose
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(name.name)
+    if not hasattr(model, "get_image_features"):
+        raise ConfigError("--model", name.name, "a model with an image and a text tower, such as openai/clip-vit-base-patch32")
+    processor, tokenizer = AutoImageProcessor.from_pretrained(name.name), AutoTokenizer.from_pretrained(name.name)
+    crop = processor.crop_size or processor.size
+    side = int(crop["height"] if "height" in crop else crop["shortest_edge"])
+    mode = "shortest" if getattr(processor, "do_center_crop", False) else "squash"
+    steps = image_transform(side, False, processor.image_mean, processor.image_std, resize_mode=mode, interpolation="bicubic").transforms
+    length = model.config.text_config.max_position_embeddings
+
+    def features(found: Any) -> Tensor:
+        return found if isinstance(found, Tensor) else found.pooler_output
+
+    def encode_image(batch: Tensor) -> Tensor:
+        return features(model.get_image_features(pixel_values=batch))
+
+    def encode_text(captions: list[str], device: torch.device) -> Tensor:
+        tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
+        return features(model.get_text_features(**tokens))
+
+    return _Parts(model, Compose(steps[:-2]), processor.image_mean, processor.image_std, encode_image, encode_text)
+
+
+def _load_sentence(name: ModelName) -> _Parts:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(name.name, device="cpu")
+
+    def encode_text(captions: list[str], _: torch.device) -> Tensor:
+        return model.encode(captions, convert_to_tensor=True, show_progress_bar=False)
+
+    return _Parts(model, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), None, encode_text)
