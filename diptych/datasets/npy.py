@@ -94,7 +94,7 @@ class NpyWriter:
     def write(self, rows: np.ndarray) -> None:
         """Append rows."""
         self.missing -= len(rows)
-        data = memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1))
+        data = np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
         while data:
             data = data[self._stream.write(data) :]
 

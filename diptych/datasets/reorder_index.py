@@ -169,7 +169,7 @@ class PlaceIndex:
         bucket = self._bucket_of_shard[shard]
         records = np.empty(len(places), RECORD)
         records["place"], records["source"] = places, rows
-        numbers = np.flatnonzero(np.bincount(bucket))
+        numbers = np.flatnonzero(np.bincount(bucket)).tolist()
         for number in numbers:
             with open(self._path(number), "ab") as stream:
                 stream.write((records if len(numbers) == 1 else records[bucket == number]).tobytes())
