@@ -65,10 +65,8 @@ class ColumnWriter:
         self._write("member_size", flat.field("size").to_numpy())
 
     def close(self) -> None:
-        """Put everything on the disk."""
+        """Finish the files; may be called twice."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
 
     def _write_ragged(self, name: str, starts: np.ndarray) -> None:

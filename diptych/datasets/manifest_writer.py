@@ -11,6 +11,7 @@ Faults that only the whole data set shows are found here: `repeated_key`, `missi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,8 +77,9 @@ class ManifestWriter:
 
     def __exit__(self, *_: object) -> None:
         if not self._committed:
-            self._rows.close()
-            self._columns.close()
+            with contextlib.suppress(OSError):  # of a full disk, which is on its way to the caller already
+                self._rows.close()
+                self._columns.close()
             shutil.rmtree(self._path, ignore_errors=True)
         if self._remote:
             shutil.rmtree(self._base, ignore_errors=True)
@@ -119,6 +121,7 @@ class ManifestWriter:
         overall = [*roles.faults(names, starts), *_repeated_keys(columns, names, starts), *_unfinished(self._shards)]
         self._faults += [(fault, "dataset") for fault in overall]
         self._write_tables()
+        storage.sync_files(self._path)
         facts = {
             "format": FORMAT,
             "data": self._data,

@@ -53,6 +53,7 @@ __all__ = [
     "size",
     "stat",
     "stat_many",
+    "sync_files",
     "temporary_path",
     "upload",
     "write_bytes",
@@ -179,20 +180,27 @@ def temporary_path(path: str) -> str:
 
 def replace_file(temporary: str, path: str) -> None:
     """Put a finished local file in its place: content on the disk first, then the name, then the folder."""
-    descriptor = os.open(temporary, os.O_RDONLY)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(os.path.dirname(path) or ".")
+
+
+def sync_files(folder: str) -> None:
+    """Put every file of a local folder on the disk, and the folder itself."""
+    for entry in os.scandir(folder):
+        _sync(entry.path)
+    _sync(folder)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync of folders
             raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
