@@ -114,9 +114,7 @@ def _prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
     layout = embed_layout.Layout(out, selection.samples, size)
     threads = options.cpus_per_actor or max(1, (os.cpu_count() or 1) // _actors(options))
     device = "cuda" if options.gpus_per_actor else "cpu"
-    return EmbedSpec(
-        manifest, selection, layout, model, options.modalities, options.batch_size, options.precision, device, threads
-    ), manifest
+    return EmbedSpec(manifest, selection, layout, model, options.modalities, options.batch_size, options.precision, device, threads)
 
 
 def _actors(options: EmbedOptions) -> int:
