@@ -32,6 +32,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
 
     With `averaged`, the EMA weights stand in where the run kept them. Raises `ConfigError` if the run has no whole checkpoint.
     """
+    from diptych.trainers.attempts import candidates
     from diptych.trainers.checkpoint import load, newest_whole
     from diptych.trainers.runfolder import RunFolder
     from diptych.trainers.state import copy_into, persistent_buffers
@@ -46,7 +47,9 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     if checkpoint == "best":
         name = load(folder, newest, optimizer=False).state["saved_name"] or newest
     elif checkpoint != "newest":
-        name = checkpoint
+        name, known = checkpoint, candidates(folder)
+        if name not in known:
+            raise ConfigError("checkpoint", name, f"newest, best, or one of {', '.join(known)}")
     loaded = load(folder, name, optimizer=False)
     task = load_task_class(config.task.name)(config.task, config.seed)
     weights = loaded.tensors.weights | (loaded.tensors.ema if averaged else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ class Completer:
         self._commas: dict[int, int] = {}
 
     def complete(
-        self, prompts: Sequence[str], decoding: Decoding, *, first_number: int = 0, batch_size: int = 64,
+        self, prompts: Sequence[str], decoding: Decoding, *, numbers: Sequence[int] | None = None, batch_size: int = 64,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """`decoding.num_samples` texts for each prompt.
@@ -47,24 +47,33 @@ class Completer:
         Args:
             prompts: Beginnings; an empty one needs a tokenizer with a start token.
             decoding: Strategy and limits.
-            first_number: Number of the first prompt, which keys its draws: a part of a file gets the whole file's texts.
+            numbers: Number of each prompt, which keys its draws: a part of a file gets the whole file's texts. By default their places.
             batch_size: Prompts computed together.
             advance: Called with the number of prompts done, for a progress bar.
 
         Raises:
             ValueError: A prompt is empty, or fills the model's positions.
         """
-        encoded = [self._encode(prompt, first_number + index) for index, prompt in enumerate(prompts)]
+        numbers = range(len(prompts)) if numbers is None else numbers
+        encoded = [self._encode(prompt, number) for number, prompt in zip(numbers, prompts, strict=True)]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         results: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            texts = self._batch([encoded[index] for index in part], [first_number + index for index in part], decoding)
+            texts = self._batch([encoded[index] for index in part], [numbers[index] for index in part], decoding)
             for index, continuations in zip(part, texts, strict=True):
                 results[index] = [self._finish(prompts[index], encoded[index], one, decoding) for one in continuations]
             if advance is not None:
                 advance(len(part))
         return results
+
+    def fault(self, prompt: str) -> str:
+        """Why `prompt` cannot be continued, or an empty string."""
+        try:
+            self._encode(prompt, 0)
+        except ValueError as error:
+            return str(error).removeprefix("prompt 0 ")
+        return ""
 
     def _encode(self, prompt: str, number: int) -> list[int]:
         """Ids as training saw them: the start token, if there is one, then the text without the space at its end."""
@@ -116,3 +125,29 @@ class Completer:
             if token not in self._commas:
                 self._commas[token] = self._decode([token]).count(",")
         return sum(self._commas[token] for token in ids)
+
+
+class PromptWorker:
+    """Completes blocks of prompts; made once in each process of a pool."""
+
+    def __init__(self, make: Callable[[], Completer], decoding: str) -> None:
+        """`make` loads the model in this process; `decoding` is a `Decoding` as JSON."""
+        self.completer, self.decoding = make(), Decoding.model_validate_json(decoding)
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
+        """Block of `number` and `prompt` → a row per text: `number, prompt, sample, text, tokens, ended, fault`."""
+        rows = self.rows([int(number) for number in block["number"]], [str(prompt) for prompt in block["prompt"]])
+        return {column: [row[column] for row in rows] for column in ("number", "prompt", "sample", "text", "tokens", "ended", "fault")}
+
+    def rows(self, numbers: Sequence[int], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """The texts of prompts with their numbers; a prompt that cannot be continued gives one row with its fault."""
+        faults = [self.completer.fault(prompt) for prompt in prompts]
+        good = [index for index, fault in enumerate(faults) if not fault]
+        texts = self.completer.complete([prompts[index] for index in good], self.decoding, numbers=[numbers[index] for index in good])
+        found = dict(zip(good, texts, strict=True))
+        rows = []
+        for index, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+            about = {"number": number, "prompt": prompt, "fault": faults[index]}
+            for sample, one in enumerate(found.get(index, [Completion("", 0, False)])):
+                rows.append(about | {"sample": sample, "text": one.text, "tokens": one.tokens, "ended": one.ended})
+        return rows

@@ -138,7 +138,7 @@ def test_parts_of_a_file_get_the_texts_of_the_whole(completer):
     given = ["abc", "abd", "abe", "abf"]
     decoding = Decoding(max_new_tokens=12, sample=True, num_samples=2)
     whole = completer.complete(given, decoding)
-    assert completer.complete(given[2:], decoding, first_number=2) == whole[2:]
+    assert completer.complete(given[2:], decoding, numbers=[2, 3]) == whole[2:]
 
 
 def test_texts_stop_at_the_number_of_keywords(completer):

@@ -168,13 +168,14 @@ print(pipeline("text-generation", "{folder}")("a castle on a hill,", max_new_tok
 
     def _hidden(self, sheet: Sheet) -> Tensor:
         """Last hidden states [R, T, D]. Padding stands behind the prompts, where causal attention never looks: no mask is needed."""
+        transformer = self.gpt2.transformer
+        # Embedded here, because transformers warns of padding without a mask where it sees the ids.
+        embedded = transformer.wte(sheet.tokens)
         if sheet.positions is None:
-            return self.gpt2.transformer(input_ids=sheet.tokens, use_cache=False).last_hidden_state
+            return transformer(inputs_embeds=embedded, use_cache=False).last_hidden_state
         causal = torch.ones(sheet.tokens.shape[1], sheet.tokens.shape[1], dtype=torch.bool, device=sheet.tokens.device).tril()
         mask = ((sheet.owner[:, :, None] == sheet.owner[:, None, :]) & causal)[:, None]
-        return self.gpt2.transformer(
-            input_ids=sheet.tokens, position_ids=sheet.positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        return transformer(inputs_embeds=embedded, position_ids=sheet.positions, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _fresh(self) -> GPT2LMHeadModel:
         from transformers import GPT2Config as ModelConfig

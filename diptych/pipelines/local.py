@@ -1,0 +1,28 @@
+"""A whole run in this process with one worker, without Ray: for tests, and for benchmarks that measure something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diptych.config import RunConfig
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.runs_folder import write_driver
+
+
+def train_here(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Prepare and train `config` with one worker, leaving the run folder that `diptych train` would; returns `result.json`."""
+    import torch
+
+    from diptych.datasets.stream import LocalStream
+    from diptych.pipelines.session import run_session
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config, run_dir)
+    (run_dir / "config.json").write_text(prepared.config.to_json())
+    payload = {"config": prepared.config.to_json(), "run_dir": str(run_dir), "train": prepared.train, "validation": prepared.validation}
+    payload |= {"digest": prepared.facts["digest"]}
+    result = run_session(payload, prepared.config, torch.device("cpu"), LocalStream)
+    write_driver(run_dir, {"driver": "", "status": result["status"], "digest": prepared.facts["digest"], "run_id": "", "uri": ""})
+    return json.loads((run_dir / "result.json").read_text())
