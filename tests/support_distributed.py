@@ -21,7 +21,9 @@ from typing import Any
 import cloudpickle
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "safetensors.torch", "pyarrow.parquet", "pydantic", "fsspec"])
+# DeepSpeed looks for a GPU when it is imported, which must not happen before a fork.
+_DEEPSPEED = ["deepspeed"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []
+_CONTEXT.set_forkserver_preload(["torch", "numpy", "safetensors.torch", "pyarrow.parquet", "pydantic", "fsspec", *_DEEPSPEED])
 
 
 class WorkerFailed(AssertionError):  # noqa: N818

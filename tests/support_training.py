@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.batches import EmbeddingNeed, Needs, StepBatch, TokenNeed
-from diptych.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig, ValidationConfig
+from diptych.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig, ValidationConfig, set_path
 from diptych.trainers import randomness
+from diptych.trainers.checkpoint import load, newest_whole
+from diptych.trainers.journal import read_metrics, read_trace
+from diptych.trainers.loop import Callbacks, TrainResult, train
+from diptych.trainers.recorder import Recorder, start_attempt
+from diptych.trainers.runfolder import RunFolder
+from diptych.trainers.state import TrainState
+from diptych.trainers.strategies import Strategy, make_strategy
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
 
-VOCABULARY, LENGTH, WIDTH, HIDDEN = 23, 7, 12, 16
+VOCABULARY, LENGTH, WIDTH = 23, 7, 12
 
 
 class PairConfig(TaskConfig):
@@ -25,6 +32,7 @@ class PairConfig(TaskConfig):
     name: ClassVar[str] = "pair"
     dropout: float = 0.0
     noise: float = 0.1
+    hidden: int = 16
     idle: bool = False
     """Add a parameter that the loss never reaches, and a frozen one."""
 
@@ -39,17 +47,18 @@ class PairTask(Task):
 
     def __init__(self, config: PairConfig, seed: int) -> None:
         super().__init__(config, seed)
+        H = config.hidden
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-            self.image = nn.Sequential(nn.Linear(WIDTH, 4 * HIDDEN), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(4 * HIDDEN, HIDDEN))
-            self.decode = nn.Sequential(nn.Linear(2 * HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Dropout(config.dropout))
-            self.head = nn.Linear(4 * HIDDEN, VOCABULARY)
+            self.embed = nn.Embedding(VOCABULARY, H)
+            self.image = nn.Sequential(nn.Linear(WIDTH, 4 * H), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(4 * H, H))
+            self.decode = nn.Sequential(nn.Linear(2 * H, 4 * H), nn.GELU(), nn.Dropout(config.dropout))
+            self.head = nn.Linear(4 * H, VOCABULARY)
         self.scale = nn.Parameter(torch.tensor(1.5))
-        self.register_buffer("shift", torch.full((HIDDEN,), 0.25))
+        self.register_buffer("shift", torch.full((H,), 0.25))
         if config.idle:
             self.idle = nn.Parameter(torch.ones(5))
-            self.frozen = nn.Linear(HIDDEN, HIDDEN)
+            self.frozen = nn.Linear(H, H)
             self.frozen.requires_grad_(False)
 
     @property
@@ -118,9 +127,9 @@ class PairTask(Task):
 
 
 def make_rows(slots: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of the tiny task as a function of their slots; captions are 2 to 7 tokens long."""
+    """Samples 0 to 96 of the tiny task, over and over, by slot; captions are 2 to 7 tokens long."""
     count = len(slots)
-    parts = [np.random.default_rng(1000 + max(int(slot), 0)) for slot in slots]
+    parts = [np.random.default_rng(1000 + max(int(slot), 0) % 97) for slot in slots]
     lengths = np.array([part.integers(2, LENGTH + 1) for part in parts]).reshape(count)
     tokens = np.array([part.integers(1, VOCABULARY, LENGTH) for part in parts]).reshape(count, LENGTH)
     mask = np.arange(LENGTH) < lengths[:, None]
@@ -164,8 +173,6 @@ def held_out(config: RunConfig, rank: int, size: int) -> Iterable[StepBatch]:
 
 def pair_config(**changes: Any) -> RunConfig:
     """A small run of the tiny task; `changes` are dotted paths with `__` for the dot."""
-    from diptych.config import set_path
-
     config = RunConfig(
         task=PairConfig(),
         seed=3,
@@ -178,3 +185,65 @@ def pair_config(**changes: Any) -> RunConfig:
     for key, value in changes.items():
         config = set_path(config, key.replace("__", "."), value)
     return config
+
+
+def train_in(
+    folder: str | Path,
+    config: RunConfig,
+    *,
+    stream: Callable[[int], Iterable[StepBatch]] | None = None,
+    callbacks: Callbacks | None = None,
+    task: Task | None = None,
+) -> tuple[TrainResult, Strategy]:
+    """One attempt of `config` in the run folder `folder`, as a training worker does it; every process of a group calls it."""
+    strategy = make_strategy(config, task or PairTask(config.task, config.seed))
+    rank, size = strategy.world.rank, strategy.world.size
+    attempt = start_attempt(str(folder), strategy.world)
+    recorder = Recorder(str(folder), attempt, strategy.world, config, "digest")
+    result = train(
+        config,
+        strategy,
+        stream or (lambda first: stream_from(config, rank, size, first)),
+        lambda: held_out(config, rank, size),
+        recorder,
+        callbacks=callbacks,
+    )
+    return result, strategy
+
+
+def final_state(folder: str | Path) -> TrainState:
+    """Every tensor of the newest checkpoint of a run."""
+    run = RunFolder(str(folder))
+    name = newest_whole(run)
+    assert name is not None
+    return load(run, name).tensors
+
+
+def differences(left: TrainState, right: TrainState) -> dict[str, float]:
+    """Largest absolute difference of each part; infinite where names differ."""
+    found = {}
+    for part in ("weights", "optimizer", "ema"):
+        one, other = getattr(left, part), getattr(right, part)
+        same_names = set(one) == set(other)
+        found[part] = max((float((one[name] - other[name]).abs().max()) for name in one), default=0.0) if same_names else float("inf")
+    return found
+
+
+def assert_identical(left: TrainState, right: TrainState) -> None:
+    """Same names, same bits."""
+    for part in ("weights", "optimizer", "ema"):
+        one, other = getattr(left, part), getattr(right, part)
+        assert set(one) == set(other)
+        different = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not different, f"{part}: {len(different)} of {len(one)} tensors differ, such as {different[:3]}"
+
+
+def losses_by_step(folder: str | Path) -> dict[int, float]:
+    """`train/loss` of the history that counts."""
+    return {line["step"]: line["metrics"]["train/loss"] for line in read_metrics(str(folder)) if "train/loss" in line["metrics"]}
+
+
+def trace_rows(folder: str | Path) -> list[tuple[int, int, int]]:
+    """(step, slot, row) of the history that counts, in order."""
+    table = read_trace(str(folder)).to_pydict()
+    return list(zip(table["step"], table["slot"], table["row"], strict=True))

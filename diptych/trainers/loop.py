@@ -71,38 +71,41 @@ def train(
     equally many on every worker. Raises `Diverged`, `FaultBudgetExceeded`, `Fenced`, or what the stream raises.
     """
     session = _Session(config, strategy, validation, recorder, callbacks or Callbacks())
-    progress, steps = session.progress, config.train.steps
-    status = session.status()
-    if status:
-        recorder.close(progress.step)
-        return session.result(status)
+    with recorder:
+        status = session.status() or _steps(session, stream)
+        recorder.close(session.progress.step)
+    return session.result(status)
+
+
+def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]]) -> str:
+    """The loop; returns how it ended."""
+    config, strategy, progress = session.config, session.strategy, session.progress
     for share in session.throughput.timed(stream(progress.step)):
         if share.step != progress.step:
             raise RuntimeError(f"the stream delivered step {share.step} where step {progress.step} was due; nothing was trained on it")
-        recorder.rows(share)
+        session.recorder.rows(share)
         batch = to_device(share.arrays, strategy.world.device)
         batch |= strategy.task.draws(batch)
         totals, stop = session.agree(share, batch)
         terms, report = accumulate(strategy, batch, config.train.micro_batches, totals, seed=config.seed, step=progress.step)
-        lr = learning_rate(config.optim, steps, progress.step)
+        lr = learning_rate(config.optim, config.train.steps, progress.step)
         norm = strategy.step(progress.step, lr)
         session.guard.watch(progress.step, norm)
         progress.step += 1
         session.throughput.step()
-        ends = stop or progress.step == steps
-        if ends or progress.step % config.train.log_every == 0:
+        done = progress.step == config.train.steps
+        if session.due(config.train.log_every, done or stop):
             session.guard.check()
             session.log(terms, report, {"grad_norm": norm, "lr": lr})
-        if session.due(config.validation.every_steps, ends and not stop):
+        if session.due(config.validation.every_steps, done):
             session.validate()
-        status = "stopped" if stop and progress.step < steps else session.status()
+        status = session.status() or ("stopped" if stop else "")
         if session.due(config.checkpoint.every_steps, bool(status)):
             session.guard.check()
-            recorder.checkpoint(strategy, progress)
+            session.recorder.checkpoint(strategy, progress)
         if status:
-            recorder.close(progress.step)
-            return session.result(status)
-    raise RuntimeError(f"the stream ended after step {progress.step} of {steps}")
+            return status
+    raise RuntimeError(f"the stream ended after step {progress.step} of {config.train.steps}")
 
 
 class _Session:

@@ -58,7 +58,7 @@ def _bits(seed: int, purpose: str, slots: Tensor, count: int) -> Tensor:
 def uniform(seed: int, purpose: str, slots: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """`[B, *shape]` float32 in [0, 1), multiples of 2^-24; `slots` is `[B]`, and names the device."""
     bits = _bits(seed, purpose, slots, math.prod(shape))
-    return (_shift(bits, 40).to(torch.float32) * 2.0**-24).reshape(-1, *shape)
+    return (_shift(bits, 40).to(torch.float32) * 2.0**-24).reshape(slots.shape[0], *shape)
 
 
 def normal(seed: int, purpose: str, slots: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -69,15 +69,15 @@ def normal(seed: int, purpose: str, slots: Tensor, shape: Sequence[int] = ()) ->
     radius = torch.sqrt(-2.0 * torch.log(((_shift(bits, 32) + 1).to(torch.float64) * 2.0**-32).to(torch.float32)))
     angle = (bits & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.reshape(slots.shape[0], -1)[:, :count].reshape(-1, *shape)
+    return pairs.flatten(1)[:, :count].reshape(slots.shape[0], *shape)
 
 
-def integers(seed: int, purpose: str, slots: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:  # noqa: PLR0917
+def integers(seed: int, purpose: str, slots: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
     """`[B, *shape]` int64, uniform in [low, high); the range is at most 2^31."""
     if not 0 < high - low <= 1 << 31:
         raise ValueError(f"integers: [{low}, {high}) must hold between 1 and 2^31 numbers")
     bits = _bits(seed, purpose, slots, math.prod(shape))
-    return (low + ((_shift(bits, 32) * (high - low)) >> 32)).reshape(-1, *shape)
+    return (low + ((_shift(bits, 32) * (high - low)) >> 32)).reshape(slots.shape[0], *shape)
 
 
 def bernoulli(seed: int, purpose: str, slots: Tensor, shape: Sequence[int], probability: float) -> Tensor:

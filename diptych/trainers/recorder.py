@@ -94,6 +94,17 @@ class Recorder:
         if self.world.rank == 0:
             check_fence(self.folder, self.attempt.attempt)
 
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        # What ended the run is what the caller wants to know; a checkpoint under way still gets its chance.
+        if kind is not None and self.writer is not None:
+            try:
+                self.writer.wait()
+            except Exception:
+                log.exception("the checkpoint under way was not written either")
+
     def close(self, step: int) -> None:
         """Write what is left and wait for the last checkpoint; raises its error."""
         if self.writer is not None:

@@ -82,6 +82,8 @@ class DeepSpeedStrategy:
         os.environ.setdefault("LOCAL_RANK", str(self.world.device.index or 0))
         import deepspeed
 
+        # An all-reduce for inference that DeepSpeed would compile for minutes, and that needs a compiler on every worker.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             backend = "nccl" if self.world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,98 @@
+"""Learning rates, parameter groups, clipping and averaged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support_training import PairConfig, PairTask, final_state, pair_config, train_in
+
+from diptych.config import OptimConfig
+from diptych.trainers.ema import Ema, warmed_decay
+from diptych.trainers.journal import read_metrics
+from diptych.trainers.optim import adamw, clip_gradients, learning_rate
+
+
+def test_warm_up_is_linear_and_reaches_the_peak() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(config, 10, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55)])
+def test_schedules_fall_from_the_peak_to_the_floor(schedule: str, middle: float) -> None:
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10, schedule=schedule)
+    rates = [learning_rate(config, 110, step) for step in range(10, 111)]
+    assert rates[0] == pytest.approx(1.0)
+    assert rates[50] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+
+def test_gains_biases_and_scalars_are_not_decayed() -> None:
+    task = PairTask(PairConfig(idle=True), seed=0)
+    optimizer = adamw(task, OptimConfig(weight_decay=0.3))
+    decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in task.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim >= 2 and parameter.requires_grad), name
+
+
+def test_a_task_without_trainable_parameters_is_refused() -> None:
+    task = PairTask(PairConfig(), seed=0).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        adamw(task, OptimConfig())
+
+
+def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((2,), 1.0)
+    assert clip_gradients(parameters, 0.0).item() == pytest.approx(14**0.5)
+    assert parameters[0].grad[0] == 2.0
+    assert clip_gradients(parameters, 0.5).item() == pytest.approx(14**0.5)
+    total = (parameters[0].grad.square().sum() + parameters[1].grad.square().sum()).sqrt()
+    assert total.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_averages_follow_the_warmed_up_recursion() -> None:
+    live = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    ema, expected = Ema([live], decay=0.7), live.detach().clone()
+    for update in range(30):
+        with torch.no_grad():
+            live.add_(0.5)
+        ema.update(update)
+        decay = min(0.7, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * live.detach()
+    assert warmed_decay(0.7, 0) == 0.1
+    assert torch.allclose(ema.average[0], expected, atol=1e-5)
+
+
+def test_averages_are_swapped_in_and_out_bit_for_bit_also_after_an_error() -> None:
+    live = torch.nn.Parameter(torch.randn(100))
+    ema = Ema([live], decay=0.7)
+    with torch.no_grad():
+        live.mul_(1.1)
+    ema.update(0)
+    weights, averages = live.detach().clone(), ema.average[0].clone()
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
+        assert torch.equal(live, averages)
+        raise RuntimeError("inside")
+    assert torch.equal(live, weights)
+    assert torch.equal(ema.average[0], averages)
+
+
+def test_a_changed_rate_wins_over_the_restored_optimizer(tmp_path: Path) -> None:
+    train_in(tmp_path, pair_config(train__steps=3))
+    train_in(tmp_path, pair_config(train__steps=5, optim__lr=5e-5, optim__weight_decay=0.2))
+    rates = {line["step"]: line["metrics"]["train/lr"] for line in read_metrics(str(tmp_path))}
+    assert rates == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 5e-5, 5: 5e-5}
+
+
+def test_averages_switched_on_later_start_from_the_weights(tmp_path: Path) -> None:
+    train_in(tmp_path, pair_config(train__steps=3, optim__ema_decay=0.0))
+    before = final_state(tmp_path)
+    assert not before.ema
+    _, strategy = train_in(tmp_path, pair_config(train__steps=4, optim__ema_decay=0.999, optim__lr=1e-12))
+    state = strategy.state()
+    assert state is not None
+    assert set(state.ema) == {name for name, _ in strategy.task.named_parameters()}
+    assert torch.allclose(state.ema["head.weight"], before.weights["head.weight"], atol=1e-6)

@@ -1,0 +1,98 @@
+"""What `precision=auto` chooses, and fp16's loss scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support_training import PairConfig, PairTask, make_rows, pair_config, share_of, train_in
+
+from diptych.batches import StepBatch
+from diptych.trainers.guard import Diverged
+from diptych.trainers.precision import LossScale, resolve_precision
+from diptych.trainers.strategies import make_strategy
+
+CPU = torch.device("cpu")
+
+
+def test_auto_on_a_cpu_follows_its_flags_and_says_so() -> None:
+    chosen = resolve_precision("auto", CPU)
+    fast = any(line.startswith("flags") and "amx_bf16" in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines())
+    assert chosen.name == ("bf16" if fast else "fp32")
+    assert "amx_bf16" in chosen.reason
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_products_are_taken_in_the_named_precision_and_weights_stay_fp32(name: str, dtype: torch.dtype) -> None:
+    precision = resolve_precision(name, CPU)
+    layer = torch.nn.Linear(4, 4)
+    with precision.autocast():
+        assert layer(torch.ones(2, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+    assert precision.scaler().is_enabled() == (name == "fp16")
+
+
+def test_own_loss_scale_follows_the_rule_of_torch() -> None:
+    own = LossScale(growth_interval=5)
+    theirs = torch.amp.GradScaler("cpu", growth_interval=5)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for overflow in [False] * 7 + [True, True] + [False] * 6 + [True] + [False] * 11:
+        theirs.scale(parameter.sum()).backward()
+        if overflow:
+            parameter.grad.fill_(torch.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        own.update(overflow)
+        assert (own.scale, own.growth_tracker) == (theirs.get_scale(), theirs.state_dict()["_growth_tracker"])
+    fresh = torch.amp.GradScaler("cpu")
+    fresh.load_state_dict(own.state_dict())
+    assert fresh.state_dict()["scale"] == own.scale
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_like_fp32(tmp_path: Path, precision: str) -> None:
+    exact, _ = train_in(tmp_path / "fp32", pair_config())
+    low, _ = train_in(tmp_path / precision, pair_config(train__precision=precision))
+    assert low.metrics["train/loss"] == pytest.approx(exact.metrics["train/loss"], rel=0.02)
+    assert low.metrics["train/loss"] != exact.metrics["train/loss"]
+
+
+def test_a_step_that_overflows_changes_nothing_and_halves_the_scale() -> None:
+    config = pair_config(train__precision="fp16")
+    strategy = make_strategy(config, PairTask(PairConfig(), seed=0))
+    before = strategy.state()
+    strategy.backward(sum(parameter.sum() for parameter in strategy.task.parameters()) * 1e36, last=True)
+    assert strategy.step(0, 1e-2).item() == -1.0
+    after = strategy.state()
+    assert before is not None
+    assert after is not None
+    assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
+    assert after.scaler["scale"] == before.scaler["scale"] / 2
+
+
+def test_the_loss_scale_survives_a_resume(tmp_path: Path) -> None:
+    config = pair_config(train__precision="fp16", train__steps=3)
+    _, strategy = train_in(tmp_path, config)
+    state = strategy.state()
+    assert state is not None
+    assert state.scaler["_growth_tracker"] == 3
+    _, resumed = train_in(tmp_path, pair_config(train__precision="fp16", train__steps=5))
+    state = resumed.state()
+    assert state is not None
+    assert state.scaler["_growth_tracker"] == 5
+
+
+def test_fp16_that_overflows_at_every_scale_ends_with_the_remedy(tmp_path: Path) -> None:
+    config = pair_config(train__precision="fp16", train__steps=40, train__log_every=40)
+
+    def poisoned(first: int):
+        for step in range(first, 100):
+            arrays = make_rows(share_of(step * 8, 8, 0, 1, 1))
+            arrays["image_embedding"][0, 0] = float("nan")
+            yield StepBatch(step, arrays)
+
+    with pytest.raises(Diverged, match="bf16"):
+        train_in(tmp_path, config, stream=poisoned)
