@@ -57,14 +57,24 @@ def _describe(run_dir: Path, output: Path) -> dict[str, Any]:
         "tracking_uri": driver.get("uri", ""),
         "changed": config_file.stat().st_mtime,
     }
-    line = runs_folder.last_line(run_dir)
-    facts |= {"step": line.get("step", 0), "metrics": line.get("metrics", {})}
+    facts |= _reached(run_dir)
     # Read as plain JSON: an old run with a key that is gone since must not hide the others.
     try:
         stored = json_module.loads(config_file.read_text())
         return facts | {"task": stored["task"]["name"], "steps": stored["train"]["steps"]}
     except (json_module.JSONDecodeError, KeyError, TypeError):
         return facts | {"task": "", "steps": 0, "status": "unreadable config.json"}
+
+
+def _reached(run_dir: Path) -> dict[str, Any]:
+    """The last logged step of the history that counts, and the newest value of every figure."""
+    from diptych.trainers.journal import read_metrics
+
+    metrics: dict[str, float] = {}
+    step = 0
+    for line in read_metrics(str(run_dir)):
+        step, metrics = line["step"], metrics | line["metrics"]
+    return {"step": step, "metrics": metrics}
 
 
 def _reconcile(stores: set[str]) -> tuple[list[str], list[str]]:
@@ -85,7 +95,7 @@ def _reconcile(stores: set[str]) -> tuple[list[str], list[str]]:
     return ended, unreachable
 
 
-_SHOWN = ("loss", "val/loss", "samples_per_second")
+_SHOWN = ("train/loss", "val/loss", "train/samples_per_second")
 
 
 def report(result: dict[str, Any]) -> str:

@@ -64,11 +64,12 @@ def make_run(folder: Path, name: str, status: str | None, driver: str, run_id: s
     """A run folder as a driver leaves it, with two logged steps of one attempt and no checkpoint."""
     run_dir = folder / name
     (run_dir / "metrics").mkdir(parents=True)
-    (run_dir / "attempts").mkdir()
+    record_attempt(RunFolder(str(run_dir)), world_size=1, resumed_from=None, number=1)
     (run_dir / "config.json").write_text(load_recipe("coca", "smoke").to_json())
     if status:
         runs_folder.write_driver(run_dir, {"driver": driver, "status": status, "run_id": run_id, "uri": uri, "digest": "d", "facts": {}})
-    lines = [{"step": step, "time": 1.0 + step, "metrics": {"loss": 3.0 - step}} for step in (1, 2)]
+    lines = [{"step": step, "time": 1.0 + step, "metrics": {"train/loss": 3.0 - step}} for step in (1, 2)]
+    lines.insert(1, {"step": 1, "time": 2.5, "metrics": {"val/loss": 7.0}})
     (run_dir / "metrics" / "a0001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir
 
@@ -91,7 +92,7 @@ def test_runs_tells_the_living_from_the_dead(tmp_path: Path, dead_driver: str) -
     found = {facts["name"]: facts["status"] for facts in result["runs"]}
     assert found == {"alive": "running", "dead": "interrupted", "done": "finished", "sweep/trial-1": "failed", "fresh": "prepared"}
     facts = next(facts for facts in result["runs"] if facts["name"] == "dead")
-    assert (facts["task"], facts["step"], facts["steps"], facts["metrics"]) == ("coca", 2, 10, {"loss": 1.0})
+    assert (facts["task"], facts["step"], facts["steps"], facts["metrics"]) == ("coca", 2, 10, {"train/loss": 1.0, "val/loss": 7.0})
     assert Path(facts["run_dir"]) == tmp_path / "dead"
     text = runs.report(result)
     assert "interrupted: dead." in text
@@ -123,13 +124,12 @@ def test_runs_ends_in_mlflow_what_died(tmp_path: Path, dead_driver: str, monkeyp
     finished = running("finished", dead_driver, "finished")
     alive = running("alive", tracking.driver_identity(), "running")
     elsewhere = running("elsewhere", "another-host:1:1", "running")
-    assert record_attempt(RunFolder(str(tmp_path / "runs" / "finished")), 1, None, 1)
     result = runs.run("runs")
     assert set(result["ended"]) == {interrupted, finished}
     statuses = {run_id: store.get_run(run_id).info.status for run_id in (interrupted, finished, alive, elsewhere)}
     assert statuses == {interrupted: "KILLED", finished: "FINISHED", alive: "RUNNING", elsewhere: "RUNNING"}
-    assert [(point.step, point.value) for point in store.get_metric_history(finished, "loss")] == [(1, 2.0), (2, 1.0)]
-    assert store.get_metric_history(interrupted, "loss") == [], "no checkpoint has committed these steps"
+    assert [(point.step, point.value) for point in store.get_metric_history(finished, "train/loss")] == [(1, 2.0), (2, 1.0)]
+    assert store.get_metric_history(interrupted, "train/loss") == [], "no checkpoint has committed these steps"
     assert runs.run("runs")["ended"] == []
 
 
