@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import TracebackType
 from typing import Any
 
 from diptych.batches import StepBatch
@@ -97,7 +98,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # What ended the run is what the caller wants to know; a checkpoint under way still gets its chance.
         if kind is not None and self.writer is not None:
             try:

@@ -34,7 +34,7 @@ from diptych.trainers.runfolder import RunFolder
 from diptych.trainers.task import Task
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     """Stands for the end of the process."""
 
 
