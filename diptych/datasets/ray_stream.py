@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray import cloudpickle
 from ray.data import ExecutionOptions, ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -29,14 +31,17 @@ from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
 
 SEGMENT_BLOCKS = 256
 """Blocks that Ray Data plans at once; the next segment starts before this one ends."""
-_FAULT, _TAIL = "fault", "tail"
+_FAULT, _ERROR, _TAIL = "fault", "error", "tail"
 
 
 def read_block(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: Needs, seed: int) -> list[pa.Table]:
-    """Body of a read task: one Arrow table, with `pack`'s columns."""
-    # Threads inside a read worker only compete with the other workers.
-    pa.set_cpu_count(1)
-    return [pack(read_rows(source, rows, slots, needs, seed))]
+    """Body of a read task: one Arrow table, with `pack`'s columns, or with the error in the only row."""
+    try:
+        return [pack(read_rows(source, rows, slots, needs, seed))]
+    except Exception as error:
+        # As data, because Ray Data rewrites the message of what it sees raised and logs 200 lines of its own stack.
+        error.add_note("In a read task:\n" + traceback.format_exc())
+        return [pa.table({_ERROR: pa.array([cloudpickle.dumps(error)], pa.binary())})]
 
 
 def pack(samples: Samples) -> pa.Table:
@@ -132,6 +137,8 @@ class _Segment:
             while missing > 0:
                 table = self._head if self._head is not None else next(self._tables, None)
                 self._head = None
+                if table is not None and _ERROR in table.column_names:
+                    raise cloudpickle.loads(table[_ERROR][0].as_py())
                 if table is None:
                     raise RuntimeError(f"the stream ended {missing} rows before the end of the block at row {block.start}")
                 tables.append(table)
@@ -172,8 +179,8 @@ class RayStream:
         if cpus <= 0:
             raise ValueError(f"cpus: {cpus} logical CPUs for reading; at least a part of one is needed (cluster.data_cpus)")
         self.plan, self.cpus = Plan(spec, rank, world_size, start_step, stop_step), cpus
-        # Ray Data tells of every execution; a run has one per segment.
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # Ray Data tells of every execution, and that it shows no bars; a run has one execution per segment.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def __iter__(self) -> Iterator[StepBatch]:
         plan = self.plan
@@ -191,24 +198,6 @@ class RayStream:
                         open_segments.pop(0).close()
                     blocks = open_segments[0].read()
                 yield from assembler.add(*next(blocks))
-        except Exception as error:
-            original = _original(error)
-            if original is error:
-                raise
-            raise original from error
         finally:
             for segment in open_segments:
                 segment.close()
-
-
-def _original(error: BaseException) -> BaseException:
-    """The exception that a read task raised, out of Ray's wrappers."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ray.exceptions.RayTaskError):
-            seen = seen.cause if isinstance(seen.cause, BaseException) else None
-        elif type(seen).__module__.startswith("ray."):
-            seen = seen.__cause__
-        else:
-            return seen
-    return error

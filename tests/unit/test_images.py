@@ -116,7 +116,7 @@ def test_every_mode_becomes_rgb(decoder: str) -> None:
     for kind in ("JPEG", "PNG"):
         found = decode_image(encode(grey, kind), ImageNeed(64), STILL, decoder)
         assert np.abs(found.astype(int) - np.asarray(grey)[:, :, None]).mean() < 2, kind
-    deep = Image.fromarray((np.asarray(grey).astype(np.uint16) * 257))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     assert np.abs(decode_image(encode(deep, "PNG"), ImageNeed(64), STILL, decoder).astype(int) - np.asarray(grey)[:, :, None]).max() <= 1
     clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     assert (decode_image(encode(clear, "PNG"), ImageNeed(64), STILL, decoder) == 255).all()
@@ -204,5 +204,5 @@ def test_the_decoder_is_chosen_once_and_an_absent_one_refused(monkeypatch: pytes
     assert images.choose_decoder("pil") == "pil"
     monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
     assert images.choose_decoder("auto") == "pil"
-    with pytest.raises(ValueError, match="data.decoder"):
+    with pytest.raises(ValueError, match=r"data\.decoder"):
         images.choose_decoder("opencv")
