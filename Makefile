@@ -56,7 +56,7 @@ bench: $(STAMP)  ## The figures that the README quotes, each beside its peer
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pins: .uv/bin/uv  ## Renew constraints.txt after a change of dependencies (UPGRADE=--upgrade for newer versions)
 	@sed '/^#/!d' constraints.txt > .constraints.new
