@@ -99,7 +99,7 @@ def _finish(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tenso
 
 @torch.no_grad()
 def generate_captions(
-    model: CoCa, pixels: Tensor, vocabulary: Vocabulary, context_length: int, decoding: Decoding, numbers: Tensor | None = None
+    model: CoCa, pixels: Tensor, vocabulary: Vocabulary, decoding: Decoding, numbers: Tensor | None = None
 ) -> list[list[list[int]]]:
     """Token ids of K captions for each of N images, start and end token left out.
 
@@ -107,12 +107,11 @@ def generate_captions(
         model: open_clip's CoCa, in `eval()`.
         pixels: float `[N, 3, H, W]`, normalised.
         vocabulary: Its special ids; padding is never generated.
-        context_length: Longest caption, start and end tokens included.
-        decoding: Strategy and limits.
+        decoding: Strategy and limits; captions end with the model's context at the latest.
         numbers: int64 `[N]`, number of each image, which keys its draws; by default its place.
     """
     count, device = pixels.shape[0], pixels.device
-    decoding = decoding.model_copy(update={"max_new_tokens": min(decoding.max_new_tokens, context_length - 1)})
+    decoding = decoding.model_copy(update={"max_new_tokens": min(decoding.max_new_tokens, model.context_length - 1)})
     steps = CaptionSteps(model, model._encode_image(pixels)[1], (vocabulary.pad, vocabulary.start))
     start = torch.full((count, 1), vocabulary.start, device=device)
     numbers = torch.arange(count, device=device) if numbers is None else numbers

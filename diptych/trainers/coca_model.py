@@ -37,18 +37,17 @@ def build_coca(config: CocaConfig, vocabulary: Vocabulary, seed: int) -> BuiltCo
 
     Raises `ConfigError` where weights, architecture, tokenizer and sizes do not belong together.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = _build(config, vocabulary)
-    _check_sizes(config, built, vocabulary)
-    return built
-
-
-def _build(config: CocaConfig, vocabulary: Vocabulary) -> BuiltCoca:
     source = _source(config)
     model_config = _custom_config(config, vocabulary) if source == "custom" else _published_config(source, config)
     if "multimodal_cfg" not in model_config:
         raise ConfigError("task.model", config.model, "an architecture with a caption decoder", "Names that start with coca have one.")
+    _check_sizes(config, model_config, vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(config, source, model_config)
+
+
+def _build(config: CocaConfig, source: str, model_config: dict[str, Any]) -> BuiltCoca:
     if source == "custom":
         model = CoCa(**{key: value for key, value in model_config.items() if key != "custom_text"})
         defaults = PreprocessCfg()
@@ -137,11 +136,14 @@ def _load_file(model: CoCa, path: str) -> None:
         raise ConfigError("task.pretrained", path, "weights of the architecture in task.architecture", str(error)[:500]) from error
 
 
-def _check_sizes(config: CocaConfig, built: BuiltCoca, vocabulary: Vocabulary) -> None:
-    text = built.config["text_cfg"]
+def _check_sizes(config: CocaConfig, model_config: dict[str, Any], vocabulary: Vocabulary) -> None:
+    text = model_config["text_cfg"]
     context_length, size = text.get("context_length", 77), text.get("vocab_size", 49408)
     if "hf_model_name" not in text and config.context_length != context_length:
         raise ConfigError("task.context_length", config.context_length, f"{context_length}, the model's", f"Set {context_length}.")
+    if vocabulary.pad == vocabulary.end:
+        remedy = "Add a pad token to its files, or train one with task.tokenizer=train:<size>."
+        raise ConfigError("task.tokenizer", config.tokenizer, "a tokenizer whose pad token is not its end token", remedy)
     if vocabulary.size > size:
         raise ConfigError(
             "task.tokenizer",
@@ -179,9 +181,24 @@ def export_coca(built: BuiltCoca, vocabulary: Vocabulary, folder: Path) -> None:
     if vocabulary.folder:
         # Any name selects the Hugging Face tokenizer; for a local folder open_clip then reads it from the folder itself.
         model_config["text_cfg"]["hf_tokenizer_name"] = model_config["text_cfg"].get("hf_tokenizer_name") or "."
-        vocabulary.tokenizer.save_pretrained(folder)
+        _save_tokenizer(vocabulary, folder)
     preprocess = {"mean": built.mean, "std": built.std, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     state = {key: value.detach().contiguous().cpu() for key, value in built.model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+
+
+def _save_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
+    """Save the tokenizer so that it sets the start and end tokens itself: open_clip relies on that, the data plane sets them."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    vocabulary.tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        fast = Tokenizer.from_file(str(file))
+        start, end = (fast.id_to_token(token) for token in (vocabulary.start, vocabulary.end))
+        template = TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, vocabulary.start), (end, vocabulary.end)])
+        fast.post_processor = template
+        fast.save(str(file))

@@ -7,22 +7,26 @@ Shape legend: B rows, N rows of the global batch, L tokens, D feature dimension.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.recipes.coca import CocaConfig
+from diptych.trainers.caption_metrics import caption_metrics
 from diptych.trainers.captioning import generate_captions
 from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.retrieval import retrieval_metrics
-from diptych.trainers.task import Batch, Output, Table, Task, Term, Validation, synthetic_rows
+from diptych.trainers.task import Batch, Evaluation, Output, Table, Task, Term, Validation, synthetic_rows
 from diptych.vocabulary import load_vocabulary
 
 _LARGEST_LOGIT_SCALE = math.log(100)
+_SHOWN = 32
+"""Samples in the table of an evaluation."""
 
 
 class CocaTask(Task):
@@ -154,17 +158,54 @@ class CocaTask(Task):
 
         `numbers` `[B]` keys the draws of each image. Call it in `eval()`.
         """
-        tokens = generate_captions(
-            self.model, self.pixels(image), self.vocabulary, self.config.context_length, decoding or Decoding(), numbers
-        )
+        tokens = generate_captions(self.model, self.pixels(image), self.vocabulary, decoding or Decoding(), numbers)
         return [[self.vocabulary.decode(caption) for caption in captions] for captions in tokens]
 
-    def show(self, batch: Batch) -> Table:
+    def show(self, batch: Batch) -> Table | None:
         """The caption made for each image beside the true one."""
-        made = [texts[0] for texts in self.captions(batch["image"])]
-        true = [self.vocabulary.decode(tokens) for tokens in batch["tokens"].tolist()]
+        if not self._captions_images:
+            return None
+        true, made = self._captioned([batch])
         return Table("Captions of held-out images", ["true", "made"], [list(row) for row in zip(true, made, strict=True)])
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Greedy captions of the images against the true ones: BLEU-4, ROUGE-L, CIDEr, exact match."""
+        if not self._captions_images:
+            return Evaluation()
+        true, made = self._captioned(batches)
+        metrics = caption_metrics(made, [[caption] for caption in true])
+        figures: list[list[Any]] = [[name, value] for name, value in metrics.items()]
+        if "cider" not in metrics:
+            figures.append(["cider", "not computed: pip install diptych[text-metrics]"])
+        samples = [list(row) for row in zip(true, made, strict=True)][:_SHOWN]
+        return Evaluation(
+            metrics,
+            [Table(f"Captions of {len(true)} held-out images", ["figure", "value"], figures), Table("Captions", ["true", "made"], samples)],
+        )
+
+    @property
+    def _captions_images(self) -> bool:
+        """Whether there is a trained decoder, and a tokenizer to read its ids."""
+        return self.config.caption_weight > 0 and self.vocabulary.tokenizer is not None
+
+    def _captioned(self, batches: Iterable[Batch]) -> tuple[list[str], list[str]]:
+        """True and greedily made captions of all samples."""
+        true, made = [], []
+        for batch in batches:
+            rows = batch["weight"] > 0
+            true += [self.vocabulary.decode(tokens) for tokens in batch["tokens"][rows].tolist()]
+            made += [texts[0] for texts in self.captions(batch["image"][rows])]
+        return true, made
 
     def export(self, folder: Path) -> None:
         """Write the layout that `open_clip.create_model_and_transforms("local-dir:<folder>")` loads."""
         export_coca(self.built, self.vocabulary, folder)
+
+    @property
+    def usage(self) -> str:
+        """See `Task.usage`."""
+        return (
+            "import open_clip\n\n"
+            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:{folder}")'
+        )

@@ -116,6 +116,15 @@ class Dalle2PriorTask(Task):
         """Write `prior.pth` and `prior_config.json` in dalle2-pytorch's own terms."""
         export_prior(self.prior, self.section, folder)
 
+    @property
+    def usage(self) -> str:
+        """See `Task.usage`."""
+        return (
+            "import json\nimport torch\nfrom dalle2_pytorch.train_configs import DiffusionPriorConfig\n\n"
+            'prior = DiffusionPriorConfig(**json.load(open("{folder}/prior_config.json"))["prior"]).create()\n'
+            'prior.load_state_dict(torch.load("{folder}/prior.pth", weights_only=True)["model"])'
+        )
+
 
 def _mean_dot(one: Tensor, other: Tensor) -> float:
     return (one * other).sum(dim=-1).mean().item()
