@@ -54,7 +54,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     vocabulary = load_vocabulary(name)
     if vocabulary.tokenizer is None:
-        raise ConfigError("task.tokenizer", name, "a tokenizer that is trained already", "`diptych train` trains it when the run is prepared.")
+        raise ConfigError(
+            "task.tokenizer", name, "a tokenizer that is trained already", "`diptych train` trains it when the run is prepared."
+        )
     return Tokenizer(vocabulary)
 
 
@@ -76,7 +78,9 @@ def train_tokenizer(
     trainer: Any
     if kind == "bpe":
         if vocabulary_size < len(special) + 256:
-            raise ConfigError("task.tokenizer", f"train:{vocabulary_size}", f"at least train:{len(special) + 256}: byte-level BPE needs every byte")
+            raise ConfigError(
+                "task.tokenizer", f"train:{vocabulary_size}", f"at least train:{len(special) + 256}: byte-level BPE needs every byte"
+            )
         fast = Fast(models.BPE())
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         fast.decoder = decoders.ByteLevel()

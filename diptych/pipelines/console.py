@@ -88,4 +88,4 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda count=1: bar.advance(task, count)
+        yield lambda count: bar.advance(task, count)

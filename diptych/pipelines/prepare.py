@@ -69,9 +69,9 @@ def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path) -> RunCo
     if not (folder / "tokenizer.json").is_file():
         from diptych.datasets.tokens import train_tokenizer
 
-        captions = (caption for caption in manifest.column("caption").to_pylist() if caption)
+        captions: Any = manifest.column("caption")
         with progress("training the tokenizer", None):
-            train_tokenizer(captions, int(spec.removeprefix("train:")), folder)
+            train_tokenizer(filter(None, captions.to_pylist()), int(spec.removeprefix("train:")), folder)
     return set_path(config, "task.tokenizer", str(folder))
 
 

@@ -200,7 +200,9 @@ class Tracker:
                 return
             except Exception as error:
                 if time.monotonic() > deadline:
-                    logger.warning("MLflow is still away (%s); `diptych runs` sends the rest of %s later", explain(error, self.uri), self.run_dir)
+                    logger.warning(
+                        "MLflow is still away (%s); `diptych runs` sends the rest of %s later", explain(error, self.uri), self.run_dir
+                    )
                     return
                 time.sleep(3.0)
 

@@ -16,7 +16,10 @@ def test_a_fault_met_again_after_a_restart_is_told_once(tmp_path: Path) -> None:
     Ledger(str(tmp_path), 1).record(4, 1, [OTHER])
     Ledger(str(tmp_path), 2).record(3, 1, [BAD])
     lines = read_ledger(str(tmp_path))
-    assert [(line["key"], line["attempt"], line["rank"], line["step"]) for line in lines] == [("000000001", 1, 0, 3), ("000010002", 1, 1, 4)]
+    assert [(line["key"], line["attempt"], line["rank"], line["step"]) for line in lines] == [
+        ("000000001", 1, 0, 3),
+        ("000010002", 1, 1, 4),
+    ]
     assert summary(lines) == {"undecodable_image": 1, "missing_member": 1}
 
 
