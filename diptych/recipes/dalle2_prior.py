@@ -88,6 +88,9 @@ class Dalle2PriorConfig(TaskConfig):
                 "1 without condition dropout",
                 "Set task.text_cond_drop_prob and task.image_cond_drop_prob.",
             )
+        if self.beta_schedule in ("linear", "quadratic", "sigmoid") and self.timesteps <= 20:
+            # These schedules are stretched so that the last beta is 20 / timesteps.
+            raise ConfigError("task.timesteps", self.timesteps, f"more than 20 under task.beta_schedule={self.beta_schedule}")
         if self.sample_timesteps > self.timesteps:
             raise ConfigError("task.sample_timesteps", self.sample_timesteps, f"at most task.timesteps = {self.timesteps}")
         return self

@@ -34,6 +34,9 @@ class _Inert:
     def __init__(self, *_args: Any, **_options: Any) -> None:
         pass
 
+    def __call__(self, *_args: Any, **_options: Any) -> _Inert:
+        return self
+
     def __setstate__(self, state: Any) -> None:
         pass
 
