@@ -1,7 +1,7 @@
 """Run a function in n processes joined by gloo, with a deadline.
 
-Children come from a server that has imported torch and nothing has started threads in, so that a start costs a fraction
-of a second. The function travels by value: it may live in any test module, and its arguments and result are pickled.
+Children come from a server that has imported the heavy modules once and started no thread, so that a start costs a
+fraction of a second. The function travels by value: it may live in any test module, and its arguments and result are pickled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from typing import Any
 
 import cloudpickle
 
+from diptych.config import task_names
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # DeepSpeed looks for a GPU when it is imported, which must not happen before a fork.
 _DEEPSPEED = ["deepspeed"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []
-_CONTEXT.set_forkserver_preload(["torch", "numpy", "safetensors.torch", "pyarrow.parquet", "pydantic", "fsspec", *_DEEPSPEED])
+_TASKS = [f"diptych.trainers.tasks.{name}" for name in task_names()]
+_CONTEXT.set_forkserver_preload(["diptych.trainers.loop", "safetensors.torch", "pyarrow.parquet", "fsspec", *_TASKS, *_DEEPSPEED])
 
 
 class WorkerFailed(AssertionError):  # noqa: N818

@@ -19,7 +19,7 @@ from diptych.trainers.ema import Ema
 from diptych.trainers.optim import adamw, clip_gradients, set_learning_rate
 from diptych.trainers.precision import Precision, resolve_precision
 from diptych.trainers.state import MOMENTS, TrainState, copy_into, persistent_buffers, to_cpu, trainable
-from diptych.trainers.strategies.warmup import example_loss, prepare_task, state_kept
+from diptych.trainers.strategies.warmup import example_loss, no_bare_parameters, prepare_task, state_kept
 from diptych.trainers.task import Batch, Output, Task, Validation
 from diptych.trainers.world import World
 
@@ -34,7 +34,8 @@ class Autocast(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """`Task.forward`."""
         with self.precision.autocast():
-            return self.task(batch)
+            output = self.task(batch)
+            return Output(output.terms, no_bare_parameters(output.features), output.report)
 
 
 class DDPStrategy:

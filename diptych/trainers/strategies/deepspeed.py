@@ -21,7 +21,7 @@ from diptych.trainers.optim import adamw, set_learning_rate
 from diptych.trainers.precision import LossScale, Precision, resolve_precision
 from diptych.trainers.state import MOMENTS, TrainState, check_fit, copy_into, persistent_buffers, to_cpu, trainable
 from diptych.trainers.strategies.partitions import Partitions, scalars_carried
-from diptych.trainers.strategies.warmup import prepare_task
+from diptych.trainers.strategies.warmup import no_bare_parameters, prepare_task
 from diptych.trainers.task import Batch, Output, Task, Validation
 from diptych.trainers.world import World
 
@@ -42,21 +42,16 @@ class Entry(nn.Module):
         """`Task.forward`, `Task.features` or `Task.validate`, under the run's precision."""
         with self.precision.autocast():
             if way == "features":
-                return (_copied(self.task.features(batch)),)
+                return (no_bare_parameters(self.task.features(batch)),)
             if way == "validate":
                 result = self.task.validate(batch)
-                return result.terms, result.rows, _copied(result.features)
+                return result.terms, result.rows, no_bare_parameters(result.features)
             output = self.task(batch)
             return output.terms, output.features, output.report
 
 
-def _copied(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter handed out as it is (a temperature) would lose its content when stage 3 partitions it again."""
-    return {name: value.clone() if isinstance(value, nn.Parameter) else value for name, value in features.items()}
-
-
 def _keep_scalars(_task: nn.Module, _inputs: tuple[Any, ...], output: Output) -> Output:
-    return Output(output.terms, _copied(output.features), output.report)
+    return Output(output.terms, no_bare_parameters(output.features), output.report)
 
 
 class DeepSpeedStrategy:

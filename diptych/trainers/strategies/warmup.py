@@ -26,6 +26,14 @@ def prepare_task(config: RunConfig, task: Task) -> None:
     task.train()
 
 
+def no_bare_parameters(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of parameters that a task hands out as they are (a temperature); call it inside the forward pass.
+
+    DDP would take such a parameter for unused, and ZeRO-3 takes its content away after the pass.
+    """
+    return {name: value.clone() if isinstance(value, nn.Parameter) else value for name, value in features.items()}
+
+
 def example_batch(task: Task, device: torch.device) -> Batch:
     """Two made-up rows with their draws, on `device`."""
     batch = {key: value.to(device) for key, value in task.example_batch(2).items()}
