@@ -1,0 +1,130 @@
+"""The stream on Ray Data delivers what the stream without Ray does, through lost workers and over segments."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.batches import ImageNeed, Needs, StepBatch
+from diptych.config import DataConfig
+from diptych.datasets import ray_stream
+from diptych.datasets.keep import Selection
+from diptych.datasets.manifest import build_manifest
+from diptych.datasets.reader import SampleSource
+from diptych.datasets.shards import ShardWriter
+from diptych.datasets.stream import LocalStream, StreamSpec
+
+SAMPLES, BAD = 300, {7, 150, 151}
+
+
+def sample(number: int) -> dict:
+    pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    data = file.getvalue()
+    return {"jpg": data[:-50] if number in BAD else data, "txt": f"number {number}"}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
+    folder = str(tmp_path_factory.mktemp("shards"))
+    ShardWriter(folder, samples_per_shard=100).write_all([sample(number) for number in range(SAMPLES)])
+    source = SampleSource.of(build_manifest(folder), None, DataConfig())
+    return StreamSpec(source, Selection(None, SAMPLES, "digest"), Needs(image=ImageNeed(32)), 0, 10, block_megabytes=0.1)
+
+
+def assert_same(left: list[StepBatch], right: list[StepBatch]) -> None:
+    assert [share.step for share in left] == [share.step for share in right]
+    for one, other in zip(left, right, strict=True):
+        assert one.faults == other.faults
+        assert list(one.arrays) == list(other.arrays)
+        for key in one.arrays:
+            np.testing.assert_array_equal(one.arrays[key], other.arrays[key])
+            assert one.arrays[key].dtype == other.arrays[key].dtype
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (2, 3)])
+def test_the_same_shares_as_without_ray(
+    ray_session: Any, spec: StreamSpec, rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Segments so short that several begin and end.
+    monkeypatch.setattr(ray_stream, "SEGMENT_BLOCKS", 5)
+    found = list(ray_stream.RayStream(spec, rank, world_size, 3, 63, cpus=2))
+    expected = list(LocalStream(spec, rank, world_size, 3, 63))
+    assert_same(expected, found)
+    assert sum(len(share.faults) for share in found) > 0
+    assert all(array.flags.writeable for array in found[-1].arrays.values())
+
+
+def test_a_finite_stream_ends(ray_session: Any, spec: StreamSpec) -> None:
+    finite = replace(spec, selection=Selection(np.arange(25), 25, "held out"), finite=True)
+    assert_same(list(LocalStream(finite, 1, 2, 0, None)), list(ray_stream.RayStream(finite, 1, 2, 0, None, cpus=0.5)))
+
+
+def test_the_readers_error_arrives_as_itself(ray_session: Any, spec: StreamSpec) -> None:
+    lost = replace(spec, source=replace(spec.source, root="/does/not/exist"))
+    with pytest.raises(FileNotFoundError) as caught:
+        list(ray_stream.RayStream(lost, 0, 1, 0, 5, cpus=1))
+    assert str(caught.value) == "[Errno 2] No such file or directory: '/does/not/exist/00000.tar'"
+    assert "read_rows" in caught.value.__notes__[0]
+
+
+def test_a_lost_read_worker_is_replaced_and_nothing_is_lost(ray_session: Any, spec: StreamSpec) -> None:
+    # Slow enough (small blocks, many of them) that a kill falls into the middle of the reads.
+    slow = replace(spec, block_megabytes=0.03)
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.wait(0.2) and len(killed) < 2:
+            for pid in _read_workers():
+                if pid not in killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    break
+
+    thread = threading.Thread(target=kill)
+    found = []
+    for share in ray_stream.RayStream(slow, 0, 1, 0, 200, cpus=2):
+        if share.step == 0:
+            thread.start()
+        found.append(share)
+        time.sleep(0.01)
+    ended.set()
+    thread.join()
+    assert killed, "no read worker was there to kill"
+    assert_same(list(LocalStream(slow, 0, 1, 0, 200)), found)
+
+
+def _read_workers() -> list[int]:
+    """Processes of this Ray that run a read task now: they rename themselves after the task."""
+    import psutil
+
+    here = psutil.Process()
+    found = []
+    for process in here.children(recursive=True):
+        try:
+            if any("ReadSlots" in part for part in process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_consumer_that_stops_early_leaves_nothing_running(ray_session: Any, spec: StreamSpec) -> None:
+    iterator = iter(ray_stream.RayStream(replace(spec, block_megabytes=0.03), 0, 1, 0, 100_000, cpus=2))
+    next(iterator)
+    iterator.close()
+    deadline = time.monotonic() + 20
+    while _read_workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _read_workers()
