@@ -99,6 +99,12 @@ class Dalle2PriorConfig(TaskConfig):
         """Both embeddings."""
         return Needs(image_embedding=EmbeddingNeed(self.embed_dim), text_embedding=EmbeddingNeed(self.embed_dim))
 
+    def resolve(self, facts: dict[str, Any]) -> Dalle2PriorConfig:
+        """With the dimension of the data, where `embed_dim` is empty."""
+        if self.embed_dim is not None or facts.get("image_dim") is None:
+            return self
+        return self.model_copy(update={"embed_dim": facts["image_dim"]})
+
     def check_data(self, facts: dict[str, Any]) -> None:
         """Refuse missing embeddings, and dimensions that differ from each other or from `embed_dim`."""
         image, text = facts.get("image_dim"), facts.get("text_dim")

@@ -98,6 +98,17 @@ def test_the_temperature_is_clamped_as_clip_does():
     assert task.model.logit_scale.exp().item() == pytest.approx(100.0, rel=1e-5)
 
 
+def test_flops_count_what_is_trained():
+    whole, frozen, contrast = (
+        make().flops_per_sample,
+        make("task.freeze_image=true").flops_per_sample,
+        make("task.caption_weight=0").flops_per_sample,
+    )
+    # 5 image tokens through one block of 12 · 32² weights: 4 operations less for each of them.
+    assert whole - frozen == pytest.approx(4 * 5 * 12 * 32**2)
+    assert contrast < frozen
+
+
 def test_fresh_weights_are_initialised_everywhere():
     # open_clip leaves the decoder's projection as uninitialised memory: its caption loss starts far above log(vocabulary).
     task = make()

@@ -256,7 +256,15 @@ def test_embeddings_that_do_not_fit_are_refused_by_dimension(facts, overrides, m
     config = apply_overrides(load_recipe("dalle2_prior", "base"), overrides).task
     with pytest.raises(ConfigError, match=message):
         config.check_data(facts)
-    load_recipe("dalle2_prior", "base").task.check_data({"image_dim": 64, "text_dim": 64})
+
+
+def test_the_dimension_comes_from_the_data():
+    facts = {"image_dim": 64, "text_dim": 64}
+    config = load_recipe("dalle2_prior", "base").task.resolve(facts)
+    config.check_data(facts)
+    assert config.embed_dim == 64
+    assert Dalle2PriorTask(config, 0).prior.image_embed_dim == 64
+    assert Dalle2PriorConfig(embed_dim=32).resolve(facts).embed_dim == 32
 
 
 def test_an_unknown_dimension_is_refused_with_where_it_comes_from():

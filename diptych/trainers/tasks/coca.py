@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor
 
 from diptych.recipes.coca import CocaConfig
@@ -20,6 +21,7 @@ from diptych.trainers.caption_metrics import caption_metrics
 from diptych.trainers.captioning import generate_captions
 from diptych.trainers.coca_model import build_coca, export_coca, freeze_unused
 from diptych.trainers.decoding import Decoding
+from diptych.trainers.flops import matrix_flops
 from diptych.trainers.retrieval import retrieval_metrics
 from diptych.trainers.task import Batch, Evaluation, Output, Table, Task, Term, Validation, synthetic_rows
 from diptych.vocabulary import load_vocabulary
@@ -42,6 +44,8 @@ class CocaTask(Task):
         self.built = build_coca(config, self.vocabulary, seed)
         self.model = self.built.model
         freeze_unused(self.model, config)
+        # Counted now: sharded parameters have no shape later.
+        self._flops = self._count_flops()
         self.mean: Tensor
         self.std: Tensor
         for name, values in (("mean", self.built.mean), ("std", self.built.std)):
@@ -120,6 +124,18 @@ class CocaTask(Task):
     def after_step(self) -> None:
         """Clamp the temperature as CLIP does."""
         self.model.logit_scale.clamp_(0, _LARGEST_LOGIT_SCALE)
+
+    @property
+    def flops_per_sample(self) -> float | None:
+        """Of the three towers; None where one of them is not open_clip's own."""
+        return self._flops
+
+    def _count_flops(self) -> float | None:
+        visual, text, length = self.model.visual, self.model.text, self.config.context_length
+        if not isinstance(visual, VisionTransformer) or not isinstance(text, TextTransformer):
+            return None
+        flops = visual.positional_embedding.shape[0] * matrix_flops(visual.transformer) + (length + 1) * matrix_flops(text.transformer)
+        return float(flops + (length - 1) * matrix_flops(self.model.text_decoder) * (self.config.caption_weight > 0))
 
     def set_gradient_checkpointing(self) -> None:
         """Recompute each block of the three towers."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diptych.recipes.dalle2_prior import Dalle2PriorConfig
 from diptych.trainers import randomness
+from diptych.trainers.flops import matrix_flops
 from diptych.trainers.prior_model import build_prior, condition_masks, export_prior, sample_prior
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
 
@@ -31,6 +32,10 @@ class Dalle2PriorTask(Task):
         """Raises `ConfigError` where the dimension is unknown, or weights and sizes do not belong together."""
         super().__init__(config, seed)
         self.prior, self.section = build_prior(config, seed)
+        # Counted now: sharded parameters have no shape later.
+        net = self.prior.net
+        tokens = net.max_text_len + net.num_text_embeds + net.num_time_embeds + net.num_image_embeds + 1
+        self._flops = float(tokens * matrix_flops(net.causal_transformer))
 
     def draws(self, batch: Batch) -> Batch:
         """`noise` `[B, D]`, `timestep` `[B]`, and bool `[B]` masks of the conditions that are kept."""
@@ -97,6 +102,11 @@ class Dalle2PriorTask(Task):
             "cosine_unrelated": _mean_dot(torch.roll(text, 1, dims=0), predicted),
             "cosine_difference": found - baseline,
         }
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Of the transformer."""
+        return self._flops
 
     def set_gradient_checkpointing(self) -> None:
         """Recompute each attention and feed-forward layer."""
