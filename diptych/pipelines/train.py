@@ -31,6 +31,8 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
     `status` is `finished`, `early_stopped`, `stopped` (asked to) or `failed`. Raises `ConfigError` for what cannot start.
     """
     ray_context.preflight(config)
+    if config.tracking.enabled:
+        tracking.tracking_uri(config.tracking.uri)
     run_dir = runs_folder.run_folder(config)
     former = runs_folder.claim(run_dir, config)
     prepared = prepare(config, run_dir)
