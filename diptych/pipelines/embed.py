@@ -7,11 +7,11 @@ samples of an existing folder again, whoever made it, and compares.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -152,17 +152,21 @@ def _computed(spec: EmbedSpec, options: EmbedOptions, missing: list[int]) -> Ite
     from diptych.pipelines.embed_worker import PARTITIONS_IN_FLIGHT, EmbedWorker
 
     actors = min(_actors(options), len(missing))
-    with ray_context.ray_session(actors * spec.threads, options.address) as ray, _quiet_ray_data(ray):
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with ray_context.ray_session(actors * spec.threads, options.address) as ray:
         _check_resources(ray, actors, spec.threads, options.gpus_per_actor)
         tasks = ray.data.from_items([{"partition": partition} for partition in missing], override_num_blocks=len(missing))
-        done = tasks.map(
-            EmbedWorker,
-            fn_constructor_args=(spec,),
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 * PARTITIONS_IN_FLIGHT),
-            num_cpus=spec.threads,
-            num_gpus=options.gpus_per_actor or None,
-            max_concurrency=PARTITIONS_IN_FLIGHT,
+        # Two calls overlap in each actor: one partition is read while the other is in the model.
+        pool = ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=2 * PARTITIONS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=PARTITIONS_IN_FLIGHT,
+            enable_true_multi_threading=True,
         )
+        gpus = options.gpus_per_actor or None
+        done = tasks.map(EmbedWorker, fn_constructor_args=(spec,), compute=pool, num_cpus=spec.threads, num_gpus=gpus)
+        # Our own bar counts samples.
+        done.context.enable_progress_bars = done.context.print_on_execution_start = done.context.enable_auto_log_stats = False
         for row in done.iter_rows():
             yield row["partition"]
 
@@ -177,18 +181,6 @@ def _check_resources(ray: Any, actors: int, cpus: int, gpus: float) -> None:
                 f"what Ray can schedule: {needed:g} {name} needed, {total.get(name, 0):g} there",
                 "Lower it, or join a cluster.",
             )
-
-
-@contextmanager
-def _quiet_ray_data(ray: Any) -> Iterator[None]:
-    """Ray Data without bars of its own: ours counts samples."""
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars
-    context.enable_progress_bars = False
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = before
 
 
 def verify(shards: str, out: str, count: int, options: dict[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:

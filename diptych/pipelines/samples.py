@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from diptych.trainers.task import Batch, Task
 
-_COLUMNS = 8
+_COLUMNS, _GAP = 8, 2
 
 
 def write_samples(folder: Path, step: int, task: Task, batch: Batch) -> None:
@@ -30,7 +30,7 @@ def write_samples(folder: Path, step: int, task: Task, batch: Batch) -> None:
         write_grid(folder / f"step_{step:08d}.jpg", batch["image"].cpu().numpy())
 
 
-def write_grid(path: Path, images: np.ndarray, columns: int = _COLUMNS, gap: int = 2) -> None:
+def write_grid(path: Path, images: np.ndarray, columns: int = _COLUMNS, gap: int = _GAP) -> None:
     """Write uint8 [B, H, W, 3] pictures as one, `columns` to a row, white between them."""
     from PIL import Image
 
@@ -41,3 +41,11 @@ def write_grid(path: Path, images: np.ndarray, columns: int = _COLUMNS, gap: int
         top, left = gap + (index // columns) * (height + gap), gap + (index % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image
     Image.fromarray(sheet).save(path, quality=92)
+
+
+def grid_boxes(size: tuple[int, int], count: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each of `count` pictures in a grid of `size` (width, height) that `write_grid` wrote."""
+    rows = -(-count // _COLUMNS)
+    width, height = (size[0] - _GAP) // _COLUMNS - _GAP, (size[1] - _GAP) // rows - _GAP
+    places = [(_GAP + (index % _COLUMNS) * (width + _GAP), _GAP + (index // _COLUMNS) * (height + _GAP)) for index in range(count)]
+    return [(left, top, left + width, top + height) for left, top in places]
