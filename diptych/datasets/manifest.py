@@ -8,6 +8,7 @@ Shape legend: N rows asked for, S shards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -32,6 +33,7 @@ from diptych.datasets.manifest_writer import COUNTS, FORMAT
 from diptych.datasets.ranged import READ_RETRIES, with_retries
 from diptych.datasets.survey import SCHEMA, Survey
 
+REMEDY = "Delete the folder; `diptych index SHARDS` builds it again."
 META_BYTES = 1 << 27
 """Memory for row groups of the `meta` column, per process."""
 
@@ -58,32 +60,29 @@ class Manifest:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, folder: str, root: str = "") -> Manifest:
+    def load(cls, folder: str, root: str = "", digest: str = "") -> Manifest:
         """Open the manifest in `folder`. `root` says where the shards lie now, if not where they lay when it was built.
 
-        Raises `FileNotFoundError` if there is none, `ConfigError` if it is damaged or of another version.
+        With `digest`, open the version of that digest: a run keeps its rows while somebody adds shards and indexes them.
+        Raises `FileNotFoundError` if there is none, `ConfigError` if it is damaged, of another format or of other data.
         """
         folder = storage.absolute(folder)
-        remedy = "Delete the folder; `diptych index SHARDS` builds it again."
-        try:
-            facts = json.loads(storage.read_bytes(storage.join(folder, "manifest.json")))
-            version, data, files = facts["format"], facts["data"], facts["files"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError("data.manifest", folder, "a folder with a whole manifest", remedy) from None
-        if version != FORMAT:
-            raise ConfigError("data.manifest", f"format {version} in {folder}", f"format {FORMAT}", remedy)
+        facts = _read_facts(storage.join(folder, "manifest.json"))
+        if digest and facts["digest"] != digest:
+            facts = _former_version(folder, facts, digest)
+        data, files = facts["data"], facts["files"]
         local = folder if storage.is_local(folder) else _download(folder, data, files)
         for name, size in files.items():
             path = os.path.join(local, data, name)
             if not os.path.isfile(path) or os.path.getsize(path) != size:
-                raise ConfigError("data.manifest", path, f"a file of {size} bytes", remedy)
+                raise ConfigError("data.manifest", path, f"a file of {size} bytes", REMEDY)
         stored = facts["root"]
         if storage.is_local(stored) and not os.path.isabs(stored):
             stored = os.path.normpath(os.path.join(storage.local_path(folder), stored))
         return cls(folder, facts, local, storage.absolute(root) if root else stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Manifest.load, (self.folder, self.root))
+        return (Manifest.load, (self.folder, self.root, self.digest))
 
     @property
     def samples_path(self) -> str:
@@ -264,6 +263,28 @@ def _default_folder(shards: str, urls: Sequence[str]) -> str:
 def _writable(folder: str) -> bool:
     # Root may write anywhere; a folder without any write bit was meant to be left alone.
     return bool(os.stat(folder).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(folder, os.W_OK)
+
+
+def _read_facts(url: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(storage.read_bytes(url))
+        version, _ = facts["format"], (facts["data"], facts["files"], facts["digest"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("data.manifest", url, "a whole manifest", REMEDY) from None
+    if version != FORMAT:
+        raise ConfigError("data.manifest", f"format {version} in {url}", f"format {FORMAT}", REMEDY)
+    return facts
+
+
+def _former_version(folder: str, newest: dict[str, Any], digest: str) -> dict[str, Any]:
+    """The facts of the version before the newest, if it has `digest`: it is kept for runs that started on it."""
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        former = _read_facts(storage.join(folder, newest["former"], "facts.json"))
+        if former["digest"] == digest:
+            return former
+    allowed = f"the data {digest[:12]}… that this run started on"
+    remedy = "Shards were added, removed or changed. Put them back, or start a new run on the new data."
+    raise ConfigError("data.manifest", f"data {newest['digest'][:12]}… in {folder}", allowed, remedy)
 
 
 def _download(folder: str, data: str, files: dict[str, int]) -> str:

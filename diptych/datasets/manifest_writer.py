@@ -5,6 +5,7 @@
     <folder>/v-<id>/shards.parquet    a row per shard: name, bytes, samples, row_start, row_group, digest, counts
     <folder>/v-<id>/faults.parquet    a row per fault
     <folder>/v-<id>/*.bin             the same rows as flat arrays, for random access (`columns.py`)
+    <folder>/v-<id>/facts.json        copy of `manifest.json`; the version before the newest stays for runs that use it
 
 Faults that only the whole data set shows are found here: `repeated_key`, `missing_member`, `unfinished_shard`.
 """
@@ -138,16 +139,17 @@ class ManifestWriter:
             "faults": len(self._faults),
             "extensions": extensions,
         }
+        former = _data_of(self.folder)
+        facts["former"] = former
+        content = json.dumps(facts, indent=2).encode()
+        storage.write_bytes(os.path.join(self._path, "facts.json"), content)
         if self._remote:
-            fs, path = storage.file_system(storage.join(self.folder, self._data))
-            fs.makedirs(path, exist_ok=True)
-            for name in facts["files"]:
+            for name in (*facts["files"], "facts.json"):
                 storage.upload(os.path.join(self._path, name), storage.join(self.folder, self._data, name))
-        previous = _data_of(self.folder)
-        storage.write_bytes(storage.join(self.folder, "manifest.json"), json.dumps(facts, indent=2).encode())
+        storage.write_bytes(storage.join(self.folder, "manifest.json"), content)
         self._committed = True
         if not self._remote:
-            _remove_versions(self._base, {self._data, previous})
+            _remove_versions(self._base, {self._data, former})
 
     def _write_tables(self) -> None:
         shards = pa.Table.from_pylist(self._shards, SHARD_SCHEMA)
@@ -248,7 +250,7 @@ def _data_of(folder: str) -> str:
 
 
 def _remove_versions(base: str, kept: set[str]) -> None:
-    # The version before the newest stays: a run that is still reading it opens its Parquet late.
+    # The version before the newest stays, for runs that started on it.
     for entry in os.scandir(base):
         if entry.name.startswith("v-") and entry.name not in kept:
             shutil.rmtree(entry.path, ignore_errors=True)

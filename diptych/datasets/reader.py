@@ -45,13 +45,15 @@ class SampleSource:
     retries: int = storage.READ_RETRIES
     """Repetitions of one read after a transient error."""
     decoder: images.Decoder = "pil"
+    digest: str = ""
+    """Of the manifest, so that a restarted worker never reads the rows of data that changed meanwhile."""
 
     @classmethod
     def of(cls, manifest: Manifest, joined: EmbeddingJoin | None, data: DataConfig) -> SampleSource:
         """The source of an open manifest and a saved join. The decoder is chosen here, so that all workers have the same."""
         assert joined is None or joined.saved, "save the join first: readers load it from its folder"
         join = joined.saved if joined is not None else ""
-        return cls(manifest.folder, manifest.root, join, data.read_retries, images.choose_decoder(data.decoder))
+        return cls(manifest.folder, manifest.root, join, data.read_retries, images.choose_decoder(data.decoder), manifest.digest)
 
     def opened(self) -> OpenSource:
         """The open source of this process."""
@@ -67,7 +69,7 @@ class OpenSource(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _open(source: SampleSource) -> OpenSource:
-    manifest = Manifest.load(source.manifest, source.root)
+    manifest = Manifest.load(source.manifest, source.root, source.digest)
     return OpenSource(manifest, EmbeddingJoin.load(Path(source.join)) if source.join else None)
 
 

@@ -266,6 +266,20 @@ def test_the_folder_may_move(tmp_path):
     assert manifest.shard_url(0) == str(tmp_path / "b" / "00000.tar")
 
 
+def test_a_run_keeps_its_version_while_shards_are_added(tmp_path):
+    folder = write_set(tmp_path / "set")
+    first = open_manifest(folder)
+    write_tar(tmp_path / "set" / "00000a.tar", sample("x0"))
+    second = open_manifest(folder)
+    again = pickle.loads(pickle.dumps(first))
+    assert (again.digest, again.rows(np.arange(24)).equals(first.rows(np.arange(24)))) == (first.digest, True)
+    assert Manifest.load(second.folder).digest == second.digest
+    write_tar(tmp_path / "set" / "00000b.tar", sample("x1"))
+    open_manifest(folder)
+    with pytest.raises(ConfigError, match="start a new run"):
+        Manifest.load(first.folder, digest=first.digest)
+
+
 def test_default_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_set(tmp_path / "set")
