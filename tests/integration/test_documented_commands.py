@@ -24,7 +24,8 @@ def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
     """Each block starts where the one before it ended, in a folder that holds `photos/` as the page assumes."""
     make_photos(tmp_path / "photos", 120)
     for block in (block for block in ALL_BLOCKS if block.page == page and block.how != "parse"):
-        run_block(block, tmp_path)
+        answer = run_block(block, tmp_path)
+        assert answer.returncode == 0, f"{block.name}\n{answer.stdout}\n{answer.stderr}"
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -38,9 +39,10 @@ def make_photos(folder: Path, count: int) -> None:
         (folder / f"{index:05d}.txt").write_text(caption)
 
 
-def run_block(block: Block, folder: Path) -> None:
+def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The block as a script, with the environment's programs on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    answer = subprocess.run(
+    return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=folder,
         env=os.environ | {"PATH": path},
@@ -49,4 +51,3 @@ def run_block(block: Block, folder: Path) -> None:
         timeout=900,
         check=False,
     )
-    assert answer.returncode == 0, f"{block.name}\n{answer.stdout}\n{answer.stderr}"
