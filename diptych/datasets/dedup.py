@@ -1,0 +1,234 @@
+"""Near-duplicates: every pair of vectors whose cosine reaches a threshold, and which sample of a group stays.
+
+Up to `EXACT_ROWS` vectors all pairs are compared. Above, an inverted file (faiss k-means and search): each vector joins the
+`probes` cells whose centroids are nearest, and vectors that share a cell are compared by matrix products. Joining several
+cells on both sides finds far more than one probe does, and a product over a cell is many times faster than scanning
+lists. Every pair is computed again in float64, so none below the threshold is returned; `estimate_recall` measures
+what is missed. With `clusters` it is SemDeDup (Abbas et al. 2023): k-means clusters, one cell each.
+
+The stated rule: samples are visited in order of preference, and one stays unless a near-duplicate of it stays already.
+So every sample that is dropped has a near-duplicate that is kept, and no two that are kept are near-duplicates.
+
+Shape legend: N vectors, D dimensions, P pairs, C cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diptych.config import ConfigError
+
+EXACT_ROWS = 20_000
+"""Vectors up to which all pairs are compared."""
+MOST_PAIRS = 200_000_000
+"""Pairs that are held at once, 20 bytes each."""
+_BLOCK = 2048
+_MARGIN = 2e-5  # float32 sums of products of unit vectors err by less
+_POINTS_PER_CELL, _ITERATIONS = 40, 4
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Embeddings as they are stored, with their norms; unit vectors are made where they are used."""
+
+    array: np.ndarray
+    """float16 or float32 [N, D]; may be memory-mapped."""
+    norms: np.ndarray
+    """float32 [N]; 0 = missing, zero or not finite: such a sample is nobody's duplicate."""
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Vectors:
+        """Vectors of float [N, D]."""
+        norms = np.empty(len(array), np.float32)
+        for start in range(0, len(array), 1 << 16):
+            part = np.asarray(array[start : start + (1 << 16)], np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
+            norms[start : start + len(part)] = np.where(np.isfinite(found), found, 0)
+        return cls(array, norms)
+
+    def unit(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, D] of length 1; zeros where there is no usable vector."""
+        norms = self.norms[rows]
+        found = np.asarray(self.array[rows], np.float32)
+        found[norms == 0] = 0
+        return found / np.where(norms == 0, 1, norms)[:, None]
+
+    def cosine(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """float64 [n]: cosines of the rows a[i] and b[i], computed in float64 from the stored vectors."""
+        found = np.empty(len(a), np.float64)
+        for start in range(0, len(a), 1 << 14):
+            part = slice(start, start + (1 << 14))
+            left, right = np.asarray(self.array[a[part]], np.float64), np.asarray(self.array[b[part]], np.float64)
+            norms = np.sqrt((left * left).sum(axis=1) * (right * right).sum(axis=1))
+            found[part] = (left * right).sum(axis=1) / np.where(norms == 0, 1, norms)
+        return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Near-duplicates, each pair once, sorted by (a, b)."""
+
+    a: np.ndarray
+    """int64 [P], smaller row."""
+    b: np.ndarray
+    """int64 [P], larger row."""
+    similarity: np.ndarray
+    """float32 [P]; at or above the threshold in float64."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The inverted file: members of every cell."""
+
+    order: np.ndarray
+    """int64 [N × probes]: rows sorted by cell."""
+    starts: np.ndarray
+    """int64 [C + 1]."""
+    to_centroid: np.ndarray
+    """float32 [N]: cosine to the nearest centroid."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def members(self, cell: int) -> np.ndarray:
+        """Rows of one cell, sorted."""
+        return np.sort(self.order[self.starts[cell] : self.starts[cell + 1]])
+
+
+def plan(rows: int, probes: int) -> int:
+    """Cells that make the two costs equal: N·C·2D for finding the cells and probes²·N²/C·D for comparing inside them."""
+    return max(1, round(probes * math.sqrt(rows / 2)))
+
+
+def build_cells(vectors: Vectors, cells: int, probes: int, seed: int = 0) -> Cells:
+    """k-means of a sample, then the nearest `probes` of `cells` centroids for every vector; on a GPU if faiss sees one."""
+    import faiss
+
+    usable = np.flatnonzero(vectors.norms > 0)
+    random = np.random.default_rng(seed)
+    cells = min(cells, max(1, len(usable)))
+    probes = min(probes, cells)
+    sample = np.sort(random.choice(usable, min(len(usable), cells * _POINTS_PER_CELL), replace=False))
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    dim = vectors.array.shape[1]
+    means = faiss.Kmeans(
+        dim, cells, niter=_ITERATIONS, spherical=True, seed=seed + 1, max_points_per_centroid=_POINTS_PER_CELL,
+        min_points_per_centroid=1, gpu=bool(gpus),
+    )  # fmt: skip
+    means.train(vectors.unit(sample))
+    index = faiss.IndexFlatIP(dim)
+    index.add(means.centroids)
+    index = faiss.index_cpu_to_all_gpus(index) if gpus else index
+    nearest, to_centroid = np.empty((len(usable), probes), np.int32), np.zeros(len(vectors.norms), np.float32)
+    for start in range(0, len(usable), 1 << 15):
+        rows = usable[start : start + (1 << 15)]
+        cosine, found = index.search(vectors.unit(rows), probes)
+        nearest[start : start + len(rows)], to_centroid[rows] = found, cosine[:, 0]
+    flat = nearest.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    starts = np.searchsorted(flat[order], np.arange(cells + 1))
+    return Cells(usable[order // probes], starts.astype(np.int64), to_centroid)
+
+
+def near_pairs(vectors: Vectors, threshold: float, cells: Cells | None, advance: Callable[[int], None] = lambda _cells: None) -> Pairs:
+    """Every pair with a cosine of at least `threshold` among the members of each cell; of all vectors if `cells` is None.
+
+    Raises `ConfigError` if there are more than `MOST_PAIRS`.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError("--threshold", threshold, "a cosine above 0 and at most 1")
+    blocks: list[np.ndarray] = []
+    held = 0
+    rows = len(vectors.norms)
+    for number in range(len(cells) if cells else 1):
+        members = cells.members(number) if cells else np.flatnonzero(vectors.norms > 0)
+        for a, b in _within(vectors, members, threshold - _MARGIN):
+            blocks.append(a * rows + b)
+            held += len(a)
+            if held > MOST_PAIRS:
+                blocks = [np.unique(np.concatenate(blocks))]
+                held = len(blocks[0])
+                if held > MOST_PAIRS // 2:
+                    raise ConfigError("--threshold", threshold, f"a threshold with at most {MOST_PAIRS // 2:,} pairs", "Raise it.")
+        advance(1)
+    pairs = _unique(np.concatenate(blocks)) if blocks else np.empty(0, np.int64)
+    a, b = pairs // max(rows, 1), pairs % max(rows, 1)
+    similarity = vectors.cosine(a, b)
+    # Rounding of the last bit must not tell a vector from its copy.
+    true = similarity >= threshold - 1e-12
+    return Pairs(a[true], b[true], similarity[true].astype(np.float32))
+
+
+def _within(vectors: Vectors, members: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (a < b) of the sorted `members` above `threshold` in float32."""
+    units = vectors.unit(members)
+    for start in range(0, len(members), _BLOCK):
+        for other in range(start, len(members), 4 * _BLOCK):
+            cosine = units[start : start + _BLOCK] @ units[other : other + 4 * _BLOCK].T
+            left, right = np.divmod(np.flatnonzero(cosine >= threshold), cosine.shape[1])
+            left, right = left + start, right + other
+            upper = left < right
+            if upper.any():
+                yield members[left[upper]], members[right[upper]]
+
+
+def _unique(values: np.ndarray) -> np.ndarray:
+    values = np.sort(values)
+    return values[np.concatenate(([True], values[1:] != values[:-1]))] if len(values) else values
+
+
+def representatives(pairs: Pairs, preference: np.ndarray) -> np.ndarray:
+    """int64 [N]: for each sample the one that stays for it; itself if it stays.
+
+    `preference` is int64 [N], a permutation: the rows in the order in which they are visited.
+    """
+    rows = len(preference)
+    kept_for = np.arange(rows)
+    if not len(pairs.a):
+        return kept_for
+    rank = np.empty(rows, np.int64)
+    rank[preference] = np.arange(rows)
+    ends = np.concatenate([np.stack([pairs.a, pairs.b], 1), np.stack([pairs.b, pairs.a], 1)])
+    similarity = np.concatenate([pairs.similarity, pairs.similarity])
+    # Neighbours of a row stand together; only rows that have some are visited.
+    order = np.lexsort((-similarity, ends[:, 0]))
+    source, target = ends[order, 0], ends[order, 1]
+    nodes = source[np.concatenate(([True], source[1:] != source[:-1]))]
+    starts = np.append(np.searchsorted(source, nodes), len(source))
+    dropped = np.zeros(rows, bool)
+    for position in np.argsort(rank[nodes]).tolist():
+        node = nodes[position]
+        if dropped[node]:
+            continue
+        near = target[starts[position] : starts[position + 1]]
+        free = near[~dropped[near]]
+        dropped[free] = True
+        kept_for[free] = node
+    return kept_for
+
+
+def estimate_recall(vectors: Vectors, pairs: Pairs, threshold: float, samples: int = 512, seed: int = 0) -> dict[str, Any]:
+    """Share of near-duplicate pairs that were found, measured by comparing `samples` random rows with all others.
+
+    Returns `recall` (1.0 where no pair was met), `pairs` met, and `missed`.
+    """
+    usable = np.flatnonzero(vectors.norms > 0)
+    rows = np.sort(np.random.default_rng(seed).choice(usable, min(samples, len(usable)), replace=False))
+    units, met = vectors.unit(rows), []
+    for start in range(0, len(usable), 1 << 15):
+        others = usable[start : start + (1 << 15)]
+        left, right = np.nonzero(units @ vectors.unit(others).T >= threshold - _MARGIN)
+        met.append(np.stack([rows[left], others[right]], 1))
+    ends = np.concatenate(met) if met else np.empty((0, 2), np.int64)
+    ends = np.sort(ends[ends[:, 0] != ends[:, 1]], axis=1)
+    ends = ends[vectors.cosine(ends[:, 0], ends[:, 1]) >= threshold]
+    total = len(vectors.norms)
+    expected = _unique(ends[:, 0] * total + ends[:, 1])
+    missed = len(np.setdiff1d(expected, pairs.a * total + pairs.b, assume_unique=True))
+    return {"recall": 1 - missed / len(expected) if len(expected) else 1.0, "pairs": len(expected), "missed": missed}
