@@ -12,12 +12,12 @@ Fault kinds: `cut_member`, `cut_header`, `no_end_marker`, `bad_header`, `zeroed_
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from diptych.batches import Fault
 from diptych.datasets import storage
+from diptych.datasets.tar_header import CHECKSUM, Header, HeaderError, is_extended, parse_header, parse_records
 
 BLOCK = 512
 ZERO = bytes(BLOCK)
@@ -26,11 +26,6 @@ EXTENSION_LIMIT = 1 << 20
 LOCAL_WINDOW, REMOTE_WINDOW = 1 << 18, 1 << 23
 """Bytes per read of a walk: small enough to skip large members locally, large enough to hide a server's latency."""
 
-# What nearly every writer emits: 11 octal digits of size, 6 of checksum, its two-byte ending, the type.
-_USUAL = re.compile(rb"(?s).{124}([0-7]{11})[\0 ].{12}([0-7]{6})(\0 | \0|\0\0|  )([\0-\xff])").match
-_NUMBER = re.compile(rb"[ \0]*([0-7]*)[ \0]*").fullmatch
-_CHECKSUM = re.compile(rb"(?s)[ \0]*([0-7]+)(.*)").fullmatch
-_ONLY_TIMES = re.compile(rb"(?:\d+ [amc]time=[\d.]+\n)+").fullmatch
 _UPWARDS = re.compile(r"(^|[/\\])\.\.([/\\]|$)").search
 _OTHER_TYPES = {
     "1": "a hard link",
@@ -52,18 +47,6 @@ class Entry(NamedTuple):
     """Bytes of data."""
     header: int
     """First byte of the header that names it (of its extended header, if it has one)."""
-
-
-class _Header(NamedTuple):
-    name: bytes
-    size: int
-    type: str
-    ending: bytes
-    """The bytes behind the digits of the checksum field, which the checksum itself does not cover."""
-
-
-class _HeaderError(ValueError):
-    """A block that is no header, or an extended header that makes no sense."""
 
 
 class Source:
@@ -126,7 +109,7 @@ class _Walk:
                     return
                 continue
             try:
-                header = _parse(block)
+                header = parse_header(block)
                 if header.ending != self.endings[0]:
                     yield from self._ending(header)
                 start, data = self.position, self.position + BLOCK
@@ -138,7 +121,7 @@ class _Walk:
                     self.position = data + _padded(header.size)
                     continue
                 name, length = self._name_and_size(header)
-            except _HeaderError as error:
+            except HeaderError as error:
                 yield self._resynchronise(block, str(error))
                 if self.position < 0:
                     return
@@ -164,7 +147,7 @@ class _Walk:
             self.last_name = name
             yield entry
 
-    def _other(self, header: _Header, name: str, data: int) -> Iterator[Fault]:
+    def _other(self, header: Header, name: str, data: int) -> Iterator[Fault]:
         if header.type in "12346":
             self.position = data  # links and devices carry no data, whatever their size field says
         if header.type not in "5V":  # folders and volume labels are no samples
@@ -186,7 +169,8 @@ class _Walk:
         self.position = self._find_header(after)
         data = self._find_data(after)
         if self.position >= 0:
-            detail = f"a block of zeros at offset {start} stands where a header should; the next header is at {self.position}"
+            detail = f"a block of zeros at offset {start} stands where a header should; "
+            detail += self._leave_out_next() if self._names_next(start) else f"the next header is at {self.position}"
             yield self._fault("zeroed_header", detail)
         elif data == after:
             yield self._fault("zeroed_header", f"a block of zeros at offset {start} stands before data without a header")
@@ -203,17 +187,31 @@ class _Walk:
         detail = f"{reason} at offset {start}; "
         if self.position < 0:
             detail += f"no header in the remaining {self.source.size - start} bytes"
-        # The member after a damaged extended header would go by the shortened name in its own header.
-        elif block[156:157] in (b"x", b"X", b"L") or b"PaxHeader" in block[:100] or b"@LongLink" in block[:100]:
-            self.misnamed = self.position
-            victim = _parse(self.source.read(self.position, BLOCK)).name.decode("utf-8", "backslashreplace")
-            detail += f"an extended header, so {victim} behind it may be misnamed and is left out"
+        elif self._names_next(start, block):
+            detail += self._leave_out_next()
         else:
             detail += f"the next header is at {self.position}"
         self._forget()
         return self._fault("bad_header", detail)
 
-    def _ending(self, header: _Header) -> Iterator[Fault]:
+    def _names_next(self, start: int, block: bytes = b"") -> bool:
+        """Whether the damaged header at `start` gave the next member its name: that one then holds a shortened name only."""
+        content = self.source.read(start + BLOCK, BLOCK).rstrip(b"\0")
+        try:
+            records = parse_records(content)
+            if content:
+                return "path" in records or "size" in records
+        except HeaderError:
+            pass
+        short = parse_header(self.source.read(self.position, BLOCK)).name
+        return is_extended(block) or b" path=" in content or (len(short) >= 99 and content.startswith(short[:99]))
+
+    def _leave_out_next(self) -> str:
+        self.misnamed = self.position
+        victim = parse_header(self.source.read(self.position, BLOCK)).name.decode("utf-8", "backslashreplace")
+        return f"it was an extended header, so {victim} behind it may be misnamed and is left out"
+
+    def _ending(self, header: Header) -> Iterator[Fault]:
         usual, other = self.endings
         if header.ending.strip(b"\0 "):
             yield self._fault("bad_header", f"the checksum holds, but its field ends in {header.ending!r}, at offset {self.position}")
@@ -224,26 +222,26 @@ class _Walk:
             detail = f"the checksum holds, but its field ends in {header.ending!r}, its neighbours' in {usual!r}, at offset {self.position}"
             yield self._fault("bad_header", detail)
 
-    def _extend(self, header: _Header, data: int) -> None:
+    def _extend(self, header: Header, data: int) -> None:
         if header.size > EXTENSION_LIMIT:
-            raise _HeaderError(f"an extended header of {header.size} bytes")
+            raise HeaderError(f"an extended header of {header.size} bytes")
         if self.pending_start < 0:
             self.pending_start = self.position
         content = self.source.read(data, header.size)
         if header.type == "g":
-            self.everywhere |= _records(content)
+            self.everywhere |= parse_records(content)
         elif header.type in "xX":
-            self.pending |= _records(content)
+            self.pending |= parse_records(content)
         elif header.type == "L":
             self.pending["path"] = content.partition(b"\0")[0]
 
-    def _name_and_size(self, header: _Header) -> tuple[str, int]:
+    def _name_and_size(self, header: Header) -> tuple[str, int]:
         raw = self.pending.get("path") or self.everywhere.get("path") or header.name
         length = self.pending.get("size") or self.everywhere.get("size")
         if length is None:
             return raw.decode("utf-8", "surrogateescape"), header.size
         if not length.isdigit():
-            raise _HeaderError(f"an extended header with the size {length!r}")
+            raise HeaderError(f"an extended header with the size {length!r}")
         return raw.decode("utf-8", "surrogateescape"), int(length)
 
     def _forget(self) -> None:
@@ -253,11 +251,11 @@ class _Walk:
     def _find_header(self, start: int) -> int:
         read, position = self.source.read, start
         while len(block := read(position, BLOCK)) == BLOCK:
-            if block[0] and _CHECKSUM(block[148:156]):
+            if block[0] and CHECKSUM(block[148:156]):
                 try:
-                    _parse(block)
+                    parse_header(block)
                     return position
-                except _HeaderError:
+                except HeaderError:
                     pass
             position += BLOCK
         return -1
@@ -273,60 +271,6 @@ class _Walk:
     def _fault(self, kind: str, detail: str, name: str | None = None) -> Fault:
         key, _ = split_name(self.last_name if name is None else name)
         return Fault(self.shard, _printable(key), kind, _printable(detail))
-
-
-def _parse(block: bytes) -> _Header:
-    """The header in 512 bytes; `_HeaderError` if the checksum or the size field does not hold."""
-    usual = _USUAL(block)
-    if usual:
-        digits, stored, ending, kind = usual.groups()
-        size = int(digits, 8)
-    else:
-        found = _CHECKSUM(block[148:156])
-        if not found:
-            raise _HeaderError(f"a header without a checksum ({block[148:156]!r})")
-        stored, ending = found.groups()
-        size, kind = -1, block[156:157]
-    # Adler-32 started at zero holds the plain sum of the bytes, modulo 65521, in its lower half: 30 times faster than sum().
-    total = (zlib.adler32(block, 0) & 0xFFFF) - (zlib.adler32(block[148:156], 0) & 0xFFFF) + 8 * 32
-    if (total - int(stored, 8)) % 65521:
-        covered = block[:148] + block[156:]
-        # Some old writers summed signed bytes.
-        if sum(byte - 256 if byte > 127 else byte for byte in covered) + 8 * 32 != int(stored, 8):
-            raise _HeaderError(f"a header with a wrong checksum ({sum(covered) + 8 * 32}, stored {int(stored, 8)})")
-    name = block[:100].partition(b"\0")[0]
-    if block[345] and block[257:263] == b"ustar\0":
-        prefix = block[345:476] if block[508:512] == b"tar\0" else block[345:500]
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    return _Header(name, _number(block[124:136]) if size < 0 else size, kind.decode("latin-1"), ending)
-
-
-def _number(field: bytes) -> int:
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    found = _NUMBER(field)
-    if not found:
-        raise _HeaderError(f"a header with the size {field!r}")
-    return int(found.group(1) or b"0", 8)
-
-
-def _records(content: bytes) -> dict[str, bytes]:
-    if _ONLY_TIMES(content):
-        return {}
-    records: dict[str, bytes] = {}
-    position = 0
-    while position < len(content) and content[position]:
-        length, _, _ = content[position : position + 20].partition(b" ")
-        end = position + int(length) if length.isdigit() else position
-        keyword, equals, value = content[position + len(length) + 1 : end - 1].partition(b"=")
-        if not equals or content[end - 1 : end] != b"\n":
-            raise _HeaderError("an extended header whose records make no sense")
-        # No checksum covers these records: a flipped letter would quietly bring the shortened name back.
-        if any(len(keyword) == 4 and sum(a != b for a, b in zip(keyword, known, strict=True)) == 1 for known in (b"path", b"size")):
-            raise _HeaderError(f"an extended header with the keyword {keyword!r}")
-        records[keyword.decode("utf-8", "backslashreplace")] = value
-        position = end
-    return records
 
 
 def _unsafe(name: str) -> str:

@@ -213,17 +213,32 @@ def test_a_damaged_long_name_never_becomes_another_name(layout, tmp_path):
     long = "k" * 150 + ".jpg"
     whole = make_tar([("a.jpg", b"1"), (long, b"2"), ("c.jpg", b"3")], FORMATS[layout])
     start = found(whole, tmp_path)[0][1].header
-    damaged = bytearray(whole)
-    damaged[start + 20] ^= 0xFF
-    entries, faults = found(bytes(damaged), tmp_path)
-    assert names_of(entries) == ["a.jpg", "c.jpg"]
-    assert kinds_of(faults) == ["bad_header"]
-    assert "left out" in faults[0].detail
+    for damage, kind in ((bytes([whole[start + 20] ^ 0xFF]), "bad_header"), (bytes(BLOCK - 20), "bad_header"), (None, "zeroed_header")):
+        damaged = bytearray(whole)
+        if damage is None:
+            damaged[start : start + BLOCK] = bytes(BLOCK)
+        else:
+            damaged[start + 20 : start + 20 + len(damage)] = damage
+        entries, faults = found(bytes(damaged), tmp_path)
+        assert names_of(entries) == ["a.jpg", "c.jpg"]
+        assert kinds_of(faults) == [kind]
+        assert "left out" in faults[0].detail
     if layout == "pax":  # no checksum covers the records themselves
         damaged = bytearray(whole)
         damaged[damaged.index(b" path=") + 1] ^= 0x02
         entries, faults = found(bytes(damaged), tmp_path)
         assert (names_of(entries), kinds_of(faults)) == (["a.jpg", "c.jpg"], ["bad_header"])
+
+
+def test_a_damaged_extended_header_without_a_name_costs_nothing(tmp_path):
+    whole = make_tar(SAMPLES[:3])
+    start = found(whole, tmp_path)[0][1].header
+    for damage in (b"\xff", bytes(BLOCK)):
+        damaged = bytearray(whole)
+        damaged[start : start + len(damage)] = damage
+        entries, faults = found(bytes(damaged), tmp_path)
+        assert names_of(entries) == [name for name, _ in SAMPLES[:3]]
+        assert len(faults) == 1
 
 
 @pytest.mark.parametrize(
