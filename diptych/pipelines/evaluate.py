@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from diptych.datasets.stream import StreamSpec
     from diptych.pipelines.trained import Trained
     from diptych.trainers.task import Batch, Evaluation
+
+_SHOWN, _SHOWN_PIXELS = 32, 128
+"""Samples with their pictures, and the side of those."""
 
 
 def run(
@@ -161,8 +164,10 @@ def _write(folder: Path, about: dict[str, Any], metrics: dict[str, float], evalu
     """`metrics.json`, `tables.json`, a csv per table, one HTML page, and pictures of the first batch with what the task shows."""
     import torch
 
+    from diptych.batches import Needs
+    from diptych.datasets.reader import read_rows
     from diptych.pipelines.report import render_tables
-    from diptych.pipelines.samples import write_samples
+    from diptych.pipelines.samples import write_grid, write_samples
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
@@ -173,9 +178,15 @@ def _write(folder: Path, about: dict[str, Any], metrics: dict[str, float], evalu
         with (folder / f"table_{number:02d}.csv").open("w", newline="") as stream:
             csv.writer(stream).writerows([table["columns"], *table["rows"]])
     (folder / "evaluation.html").write_text(render_tables(f"Evaluation of {about['run']}", about, tables))
-    first = next(iter(batches))
+    first = {key: value[:_SHOWN] for key, value in next(iter(batches)).items()}
     with torch.no_grad():
-        write_samples(folder, about["step"], batches.trained.task, {key: value[:32] for key, value in first.items()})
+        write_samples(folder, about["step"], batches.trained.task, first)
+    need = batches.spec.needs.image
+    if need is not None:
+        # People see more in the pictures than the model is given.
+        larger = Needs(image=replace(need, size=max(need.size, _SHOWN_PIXELS), flip=0.0))
+        found = read_rows(batches.spec.source, first["row"].cpu().numpy(), first["slot"].cpu().numpy(), larger, batches.spec.seed)
+        write_grid(folder / f"step_{about['step']:08d}.jpg", found.arrays["image"])
 
 
 def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int) -> None:
