@@ -91,7 +91,10 @@ def _application(arguments: list[str]) -> Any:
     """A Typer application that holds only the verb that is called, or all for shell completion."""
     import typer
 
-    application = typer.Typer(add_completion=True, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+    # Plain help instead of boxes: it fits a screen, and rich's Markdown is not imported for it.
+    application = typer.Typer(
+        rich_markup_mode=None, add_completion=True, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     application.callback()(lambda: None)
     verbs = available_verbs()
     for verb in [arguments[0]] if arguments and arguments[0] in verbs else verbs:
