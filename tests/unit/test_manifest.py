@@ -102,7 +102,7 @@ def test_rows_come_in_the_order_asked(tmp_path):
         assert np.array_equal(manifest.column(name), everything[name].to_numpy())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     samples=st.lists(st.lists(st.sampled_from(["jpg", "png", "txt", "json", "npy"]), unique=True, min_size=1), min_size=1, max_size=12),
     wanted=st.lists(st.sampled_from(["jpg", "png", "txt", "npy", "gif"]), unique=True, max_size=3),
@@ -234,6 +234,16 @@ def test_a_damaged_manifest_is_refused_and_built_again(damage, tmp_path):
     with pytest.raises(ConfigError, match="diptych index"):
         Manifest.load(manifest.folder)
     assert open_manifest(folder).digest == manifest.digest
+
+
+def test_walks_in_processes_find_the_same(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "set")
+    (tmp_path / "set" / "00001.tar").write_bytes((tmp_path / "set" / "00001.tar").read_bytes()[:5000])
+    expected = open_manifest(folder, str(tmp_path / "one"), jobs=1)
+    monkeypatch.setattr(manifest_build, "PROCESS_BYTES", 0)
+    manifest = open_manifest(folder, str(tmp_path / "two"), jobs=2)
+    assert (manifest.digest, manifest.faults) == (expected.digest, expected.faults)
+    assert len(manifest.faults) == 1
 
 
 def test_builders_of_one_folder_wait_for_each_other(tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import os
 import pickle
 import socket
 import struct
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import pytest
 
 from diptych.config import ConfigError
 from diptych.datasets import ranged, storage
+from diptych.datasets.manifest import open_manifest
 
 CONTENT = bytes(os.urandom(1 << 20))
 FAULTS = ("drop", "reset", "503", "429", "short")
@@ -176,6 +179,28 @@ def test_web_folders_and_patterns(web):
     assert [fact and fact.size for fact in facts] == [len(CONTENT), 1, 1, None]
     with pytest.raises(ConfigError, match="brace pattern"):
         storage.list_shards(f"{url}/nowhere")
+
+
+def test_a_manifest_over_a_failing_web_server_equals_the_local_one(web, tmp_path, monkeypatch):
+    url, plan, requests, folder = web
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for index in range(40):
+                for ext in ("jpg", "txt"):
+                    info = tarfile.TarInfo(f"{shard:05d}{index:03d}.{ext}")
+                    info.size = 700
+                    archive.addfile(info, io.BytesIO(b"x" * 700))
+    local = open_manifest(str(folder), str(tmp_path / "local"))
+    monkeypatch.setattr("diptych.datasets.tar.REMOTE_WINDOW", 40_000)
+    monkeypatch.chdir(tmp_path)
+    plan |= {0: "503", 39_936: "drop", 79_872: "short"}
+    remote = open_manifest(url)
+    assert not plan
+    assert (remote.digest, remote.faults, remote.samples) == (local.digest, [], 120)
+    assert remote.folder.startswith(str(tmp_path / ".diptych" / "manifests"))
+    asked = len(requests)
+    assert open_manifest(url).digest == local.digest
+    assert len(requests) == asked  # nothing was walked again
 
 
 @pytest.fixture(scope="module")
