@@ -84,10 +84,22 @@ def preflight_cluster(config: RunConfig) -> None:
 
 def local_gpus() -> int:
     """NVIDIA GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves visible, without importing torch."""
+    _import_ray(local=True)
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
     return len(visible) if visible is not None else NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+def _import_ray(local: bool) -> Any:
+    """Import Ray with the settings that it reads once, on import."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if local:
+        # Local workers share this environment, so nothing need be shipped to them; a cluster's operator decides for themselves.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    return ray
 
 
 @contextmanager
@@ -96,16 +108,12 @@ def ray_session(cpus: float, address: str = "", logical_cpus: int = 0) -> Iterat
 
     Only a Ray that this call started is shut down at the end.
     """
-    import ray
-
+    cluster = address or os.environ.get("RAY_ADDRESS", "")
+    ray = _import_ray(local=not cluster)
     if ray.is_initialized():
         yield ray
         return
-    # Local workers share this environment, so nothing need be shipped to them; a cluster's operator decides for themselves.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"log_to_driver": bool(os.environ.get("DIPTYCH_RAY_LOGS")), "logging_level": "ERROR"}
-    cluster = address or os.environ.get("RAY_ADDRESS", "")
     if cluster:
         ray.init(address=cluster, **common)
     else:
