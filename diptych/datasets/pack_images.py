@@ -103,11 +103,16 @@ def _target(original: tuple[int, int], resize: Resize, size: int) -> tuple[int, 
 
 
 def _fit(image: Image.Image, resize: Resize, target: tuple[int, int]) -> Image.Image:
-    if resize == "border":
-        return ImageOps.pad(image, target, Image.Resampling.LANCZOS, color="white")
     if resize == "center_crop":
         return ImageOps.fit(image, target, Image.Resampling.LANCZOS)
-    return image if image.size == target else image.resize(target, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    scale = min(target[0] / image.width, target[1] / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale))) if resize == "border" else target
+    image = image if image.size == inner else image.resize(inner, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if inner != target:
+        canvas = Image.new("RGB", target, "white")
+        canvas.paste(image, ((target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2))
+        return canvas
+    return image
 
 
 def _draft_size(original: tuple[int, int], resize: Resize, size: int) -> tuple[int, int]:
