@@ -43,8 +43,8 @@ class ClipVitConfig(TaskConfig):
     """Sizes of a fresh CLIP vision tower."""
     image_size: int = pydantic.Field(224, ge=8)
     """Side of the square input, in pixels; positions of pretrained weights are interpolated to it."""
-    embedding_dim: int = pydantic.Field(384, ge=1)
-    """Dimension of the targets."""
+    embed_dim: int | None = pydantic.Field(None, ge=1)
+    """Dimension of the targets; empty = what the data has (384 for all-MiniLM-L6-v2)."""
     loss: Literal["cosine", "cosine_embedding"] = "cosine"
     """`cosine` = −mean cosine; `cosine_embedding` = mean of 1 − cosine, torch's `CosineEmbeddingLoss`. Gradients are the same."""
     unfreeze_from: int = pydantic.Field(0, ge=0)
@@ -74,7 +74,13 @@ class ClipVitConfig(TaskConfig):
     def needs(self) -> Needs:
         """Images and the embeddings of their captions."""
         image = ImageNeed(self.image_size, resize=self.resize, flip=self.flip, min_scale=self.min_scale)
-        return Needs(image=image, text_embedding=EmbeddingNeed(self.embedding_dim))
+        return Needs(image=image, text_embedding=EmbeddingNeed(self.embed_dim))
+
+    def resolve(self, facts: dict[str, Any]) -> ClipVitConfig:
+        """With the dimension of the data, where `embed_dim` is empty."""
+        if self.embed_dim is not None or facts.get("text_dim") is None:
+            return self
+        return self.model_copy(update={"embed_dim": facts["text_dim"]})
 
     def check_data(self, facts: dict[str, Any]) -> None:
         """Refuse shards without images and targets of another dimension."""
@@ -83,14 +89,14 @@ class ClipVitConfig(TaskConfig):
                 "data.shards", "samples without images", "samples with images", "Check that the tars hold jpg, png or webp members."
             )
         found = facts.get("text_dim")
-        if found is not None and found != self.embedding_dim:
-            raise ConfigError("task.embedding_dim", self.embedding_dim, f"{found}, the dimension of the text embeddings in data.embeddings")
+        if found is not None and self.embed_dim not in (None, found):
+            raise ConfigError("task.embed_dim", self.embed_dim, f"{found}, the dimension of the text embeddings in data.embeddings")
 
 
 def smoke() -> RunConfig:
     """A vision tower of 0.1 million parameters, for tests and first calls.
 
-    Source: none. Command: diptych train clip_vit --recipe smoke data.shards=SHARDS data.embeddings=EMBEDDINGS task.embedding_dim=D
+    Source: none. Command: diptych train clip_vit --recipe smoke data.shards=SHARDS data.embeddings=EMBEDDINGS
     Hardware: one CPU core, seconds. Expected: it runs; the loss falls.
     """
     sizes = VisionArchitecture(layers=2, width=32, heads=2, patch_size=8)
@@ -128,7 +134,7 @@ def image_to_prompt() -> RunConfig:
     Hardware: one GPU of 16 GB. Expected: mean cosine well above that of always predicting the mean target.
     """
     return RunConfig(
-        task=ClipVitConfig(unfreeze_from=21),
+        task=ClipVitConfig(embed_dim=384, unfreeze_from=21),
         optim=OptimConfig(lr=1e-4, schedule="cosine", min_lr=1e-6),
         train=TrainConfig(steps=20_000, global_batch_size=64, monitor="val/cosine", monitor_mode="max"),
         validation=ValidationConfig(every_steps=1_000, samples=4_096),
@@ -143,7 +149,7 @@ def timm_vit() -> RunConfig:
     Hardware: one GPU of 16 GB. Expected: mean cosine well above that of always predicting the mean target.
     """
     return RunConfig(
-        task=ClipVitConfig(library="timm", model="vit_large_patch16_224", unfreeze_from=18, loss="cosine_embedding"),
+        task=ClipVitConfig(library="timm", model="vit_large_patch16_224", embed_dim=384, unfreeze_from=18, loss="cosine_embedding"),
         optim=OptimConfig(lr=1e-4, schedule="cosine", min_lr=1e-6),
         train=TrainConfig(steps=20_000, global_batch_size=64, monitor="val/cosine", monitor_mode="max"),
         validation=ValidationConfig(every_steps=1_000, samples=4_096),

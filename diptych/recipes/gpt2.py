@@ -136,7 +136,7 @@ def prompts_small() -> RunConfig:
         data=DataConfig(validation_share=0.05),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1, warmup_steps=100, schedule="cosine", min_lr=1e-5, clip_norm=1.0),
         train=TrainConfig(steps=2_000, global_batch_size=32),
-        validation=ValidationConfig(every_steps=250, samples=400, batch_size=64),
+        validation=ValidationConfig(every_steps=250, samples=1_000, batch_size=100),
     )
 
 

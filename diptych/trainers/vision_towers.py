@@ -73,14 +73,14 @@ projection = load_file("{folder}/projection.safetensors")
 pooled = vision(**processor(Image.open("image.jpg"), return_tensors="pt")).pooler_output
 print(torch.nn.functional.normalize(torch.nn.functional.linear(pooled, projection["weight"], projection["bias"])))"""
 
-    def __init__(self, config: ClipVitConfig) -> None:
+    def __init__(self, config: ClipVitConfig, dim: int) -> None:
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         super().__init__()
         self.mean, self.std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
         self.vision = _pretrained_clip(config) if config.model else _fresh_clip(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.projection = nn.Linear(self.vision.config.hidden_size, config.embedding_dim)
+        self.projection = nn.Linear(self.vision.config.hidden_size, dim)
         self.interpolate = config.image_size != self.vision.config.image_size
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 print(torch.nn.functional.normalize(model(transform(Image.open("image.jpg").convert("RGB"))[None])))"""
 
-    def __init__(self, config: ClipVitConfig) -> None:
+    def __init__(self, config: ClipVitConfig, dim: int) -> None:
         super().__init__()
-        self.model = _timm(config)
+        self.model = _timm(config, dim)
         if not hasattr(self.model, "blocks"):
             raise ConfigError("task.model", config.model, "a timm vision transformer (with `blocks`)", "Example: vit_large_patch16_224")
         self.mean, self.std = tuple(self.model.pretrained_cfg["mean"]), tuple(self.model.pretrained_cfg["std"])
@@ -168,9 +168,9 @@ print(torch.nn.functional.normalize(model(transform(Image.open("image.jpg").conv
         (folder / "config.json").write_text(json.dumps(description, indent=2))
 
 
-def build_tower(config: ClipVitConfig) -> Tower:
-    """The tower of `config`, with its first blocks frozen."""
-    tower: Tower = ClipTower(config) if config.library == "clip" else TimmTower(config)
+def build_tower(config: ClipVitConfig, dim: int) -> Tower:
+    """The tower of `config` with a projection to `dim`, its first blocks frozen."""
+    tower: Tower = ClipTower(config, dim) if config.library == "clip" else TimmTower(config, dim)
     tower.freeze_below(config.unfreeze_from)
     return tower
 
@@ -215,16 +215,14 @@ def _pretrained_clip(config: ClipVitConfig) -> Any:
     return model
 
 
-def _timm(config: ClipVitConfig) -> Any:
+def _timm(config: ClipVitConfig, dim: int) -> Any:
     import timm
 
     local, hub = Path(config.model).is_dir(), "/" in config.model
     name = f"local-dir:{config.model}" if local else f"hf-hub:{config.model}" if hub else config.model
     fresh = not (local or hub or config.pretrained)
     try:
-        return timm.create_model(
-            name, pretrained=not fresh, num_classes=config.embedding_dim, drop_rate=config.dropout, img_size=config.image_size
-        )
+        return timm.create_model(name, pretrained=not fresh, num_classes=dim, drop_rate=config.dropout, img_size=config.image_size)
     except (RuntimeError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError("task.model", config.model, "a timm vision transformer, a hub name or a folder", reason) from None

@@ -23,7 +23,7 @@ TIMM = {"library": "timm", "model": "vit_tiny_patch16_224", "pretrained": False,
 
 def make(**changes: object) -> ClipVitTask:
     """A tiny task; timm's has 5.6 million parameters, its smallest."""
-    fields = {"model": "", "architecture": SIZES, "image_size": 32, "embedding_dim": 16} | changes
+    fields = {"model": "", "architecture": SIZES, "image_size": 32, "embed_dim": 16} | changes
     return ClipVitTask(ClipVitConfig(**fields), seed=0)
 
 
@@ -190,5 +190,10 @@ def test_wrong_calls_name_key_and_remedy(tmp_path):
         make(library="timm", model="vit_enormous", pretrained=False)
     with pytest.raises(ConfigError, match=r"task.image_size: received 30"):
         build(ClipVitConfig, {"model": "", "image_size": 30}, "task")
-    with pytest.raises(ConfigError, match=r"task.embedding_dim: received 384; allowed: 64"):
-        smoke().task.check_data({"text_dim": 64})
+    with pytest.raises(ConfigError, match=r"task.embed_dim: received 384; allowed: 64"):
+        build(ClipVitConfig, {"embed_dim": 384}, "task").check_data({"text_dim": 64})
+
+
+def test_the_dimension_comes_from_the_data():
+    assert smoke().task.resolve({"text_dim": 48}).embed_dim == 48
+    assert ClipVitConfig(embed_dim=384).resolve({"text_dim": 48}).embed_dim == 384

@@ -27,9 +27,11 @@ class ClipVitTask(Task):
     def __init__(self, config: ClipVitConfig, seed: int) -> None:
         """Raises `ConfigError` on a model that is no vision transformer, or has fewer blocks than `task.unfreeze_from`."""
         super().__init__(config, seed)
+        assert config.embed_dim is not None, "task.embed_dim is taken from the data before the task is built"
+        self.dim = config.embed_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tower = build_tower(config)
+            self.tower = build_tower(config, self.dim)
         self.mean: Tensor
         self.std: Tensor
         for name, values in (("mean", self.tower.mean), ("std", self.tower.std)):
@@ -80,7 +82,7 @@ class ClipVitTask(Task):
         generator = torch.Generator().manual_seed(seed)
         side = self.config.image_size
         image = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
-        target = torch.randn(batch_size, self.config.embedding_dim, generator=generator)
+        target = torch.randn(batch_size, self.dim, generator=generator)
         return synthetic_rows(batch_size) | {"image": image, "text_embedding": target}
 
     @property
