@@ -9,6 +9,7 @@ Shape legend: N rows asked for, S shards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -67,6 +68,9 @@ class Manifest:
         Raises `FileNotFoundError` if there is none, `ConfigError` if it is damaged, of another format or of other data.
         """
         folder = storage.absolute(folder)
+        if not storage.exists(storage.join(folder, "manifest.json")):
+            remedy = "`diptych index SHARDS` makes one; workers on other machines need data.manifest on storage that all share"
+            raise FileNotFoundError(errno.ENOENT, f"there is no manifest; {remedy}", folder)
         facts = _read_facts(storage.join(folder, "manifest.json"))
         if digest and facts["digest"] != digest:
             facts = _former_version(folder, facts, digest)
@@ -214,28 +218,36 @@ def default_folder(shards: str) -> str:
 
     A single tar or a pattern has its own folder, so that it does not replace the manifest of the whole folder.
     """
-    found = storage.list_shards(shards)
-    return _default_folder(shards, found)
+    root = common_root(storage.list_shards(shards))
+    beside, elsewhere = _places(shards, root)
+    return beside if storage.is_local(root) and _writable(root) else elsewhere
 
 
 def open_manifest(shards: str, folder: str = "", jobs: int | None = None, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """The manifest of `shards`, built if there is none, brought up to date where shards or their statistics changed.
 
-    `progress` is called with (shards walked, shards to walk). Raises `ConfigError` if there are no shards, `ReadError`
-    if one cannot be read.
+    A manifest that stands beside the shards and is up to date is used wherever it cannot be written too. `progress` is
+    called with (shards walked, shards to walk). Raises `ConfigError` if there are no shards, or if `folder` cannot be
+    written, and `ReadError` if a shard cannot be read.
     """
-    from diptych.datasets.manifest_build import bring_up_to_date
-
-    urls = storage.list_shards(shards)
-    return bring_up_to_date(urls, folder or _default_folder(shards, urls), jobs, progress, reuse=True)
+    return _open(shards, folder, jobs, progress, reuse=True)
 
 
 def build_manifest(shards: str, folder: str = "", jobs: int | None = None, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """The manifest of `shards`, with every shard walked anew. Otherwise as `open_manifest`."""
-    from diptych.datasets.manifest_build import bring_up_to_date
+    return _open(shards, folder, jobs, progress, reuse=False)
 
-    urls = storage.list_shards(shards)
-    return bring_up_to_date(urls, folder or _default_folder(shards, urls), jobs, progress, reuse=False)
+
+def _open(shards: str, folder: str, jobs: int | None, progress: Callable[[int, int], None] | None, reuse: bool) -> Manifest:
+    from diptych.datasets.manifest_build import Builder
+
+    builder = Builder(storage.list_shards(shards))
+    if folder:
+        return builder.bring_up_to_date(folder, jobs, progress, reuse)
+    beside, elsewhere = _places(shards, builder.root)
+    if storage.is_local(builder.root) and _writable(builder.root):
+        return builder.bring_up_to_date(beside, jobs, progress, reuse)
+    return (builder.fresh(beside) if reuse else None) or builder.bring_up_to_date(elsewhere, jobs, progress, reuse)
 
 
 def common_root(urls: Sequence[str]) -> str:
@@ -249,15 +261,13 @@ def common_root(urls: Sequence[str]) -> str:
     return root
 
 
-def _default_folder(shards: str, urls: Sequence[str]) -> str:
-    root = common_root(urls)
+def _places(shards: str, root: str) -> tuple[str, str]:
+    """Folder of the manifest beside the shards, and in the working folder."""
     location = storage.absolute(shards).rstrip("/")
-    whole = storage.is_local(root) and os.path.isdir(location)
     tag = hashlib.sha256(location.encode()).hexdigest()[:12]
-    if storage.is_local(root) and _writable(root):
-        return os.path.join(root, ".diptych") if whole else os.path.join(root, ".diptych", f"part-{tag}")
     name = root.rpartition("/")[2] or "shards"
-    return os.path.abspath(os.path.join(".diptych", "manifests", f"{name}-{tag}"))
+    beside = storage.join(root, ".diptych", *([] if location == root else [f"part-{tag}"]))
+    return beside, os.path.abspath(os.path.join(".diptych", "manifests", f"{name}-{tag}"))
 
 
 def _writable(folder: str) -> bool:

@@ -33,35 +33,57 @@ REMOTE_JOBS = 16
 Progress = Callable[[int, int], None]
 
 
-def bring_up_to_date(urls: Sequence[str], folder: str, jobs: int | None, progress: Progress | None, reuse: bool) -> Manifest:
-    """The manifest of `urls` in `folder`. With `reuse`, shards whose size and time stamp are known are not walked again."""
-    root, folder = common_root(urls), storage.absolute(folder)
-    names = [url[len(root) :].lstrip("/") for url in urls]
-    order = sorted(range(len(urls)), key=lambda index: names[index])
-    names, urls = [names[index] for index in order], [urls[index] for index in order]
-    sizes, stamps = _stamps(urls)
-    with _locked(folder):
-        previous = _load(folder, root)
+class Builder:
+    """The shards as they lie there now; builds or updates their manifest in a folder."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.root = common_root(urls)
+        named = sorted((url[len(self.root) :].lstrip("/"), url) for url in urls)
+        self.names, self.urls = [name for name, _ in named], [url for _, url in named]
+        self.sizes, self.stamps = _stamps(self.urls)
+
+    def fresh(self, folder: str) -> Manifest | None:
+        """The manifest in `folder`, if there is one and no shard has changed since."""
+        manifest = self._load(folder)
+        same = manifest is not None and manifest.shard_names == self.names and manifest.shards["stamp"].to_pylist() == self.stamps
+        return manifest if same else None
+
+    def bring_up_to_date(self, folder: str, jobs: int | None, progress: Progress | None, reuse: bool) -> Manifest:
+        """The manifest in `folder`. With `reuse`, shards whose size and time stamp are known are not walked again."""
+        folder = storage.absolute(folder)
+        manifest = self.fresh(folder) if reuse else None
+        if manifest is not None:
+            return manifest
+        with _locked(folder):
+            manifest = self.fresh(folder) if reuse else None  # another process may have built it meanwhile
+            return manifest or self._build(folder, jobs, progress, reuse)
+
+    def _load(self, folder: str) -> Manifest | None:
+        try:
+            return Manifest.load(folder, self.root)
+        except (FileNotFoundError, ConfigError):
+            return None  # damaged or older: it is only derived data, and is built again
+
+    def _build(self, folder: str, jobs: int | None, progress: Progress | None, reuse: bool) -> Manifest:
+        previous = self._load(folder) if reuse else None
         known: dict[str, int] = {}
-        if previous is not None and reuse:
-            if previous.shard_names == names and previous.shards["stamp"].to_pylist() == stamps:
-                return previous
-            current = dict(zip(names, stamps, strict=True))
+        if previous is not None:
+            current = dict(zip(self.names, self.stamps, strict=True))
             before = zip(previous.shard_names, previous.shards["stamp"].to_pylist(), strict=True)
             known = {name: index for index, (name, stamp) in enumerate(before) if current.get(name) == stamp}
         with _parts_folder(folder, reuse) as parts:
-            paths = {name: os.path.join(parts, _part_name(name, stamp)) for name, stamp in zip(names, stamps, strict=True)}
+            paths = {name: os.path.join(parts, _part_name(name, stamp)) for name, stamp in zip(self.names, self.stamps, strict=True)}
             todo = [
                 (url, name, size, stamp, paths[name])
-                for url, name, size, stamp in zip(urls, names, sizes, stamps, strict=True)
+                for url, name, size, stamp in zip(self.urls, self.names, self.sizes, self.stamps, strict=True)
                 if name not in known and not os.path.exists(paths[name])
             ]
             _walk_all(todo, jobs, progress)
             with ManifestWriter(folder) as writer:
-                for name in names:
+                for name in self.names:
                     writer.add(previous.survey(known[name]) if previous is not None and name in known else _read_part(paths[name]))
-                writer.commit(root)
-    return Manifest.load(folder, root)
+                writer.commit(self.root)
+        return Manifest.load(folder, self.root)
 
 
 def _stamps(urls: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -79,13 +101,6 @@ def _stamps(urls: Sequence[str]) -> tuple[list[int], list[str]]:
         others = (found[count + index], found[2 * count + index])
         stamps.append(";".join(f"{one.size}:{one.stamp}" if one else "-" for one in (facts, *others)))
     return sizes, stamps
-
-
-def _load(folder: str, root: str) -> Manifest | None:
-    try:
-        return Manifest.load(folder, root)
-    except (FileNotFoundError, ConfigError):
-        return None  # damaged or older: it is only derived data, and is built again
 
 
 def _walk_all(todo: Sequence[tuple[str, str, int, str, str]], jobs: int | None, progress: Progress | None) -> None:
@@ -170,8 +185,10 @@ def _parts_folder(folder: str, reuse: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    if not storage.is_local(folder):
-        yield
-        return
-    with storage.locked(folder):
+    with contextlib.ExitStack() as stack:
+        if storage.is_local(folder):
+            try:
+                stack.enter_context(storage.locked(storage.local_path(folder)))
+            except OSError as error:
+                raise ConfigError("data.manifest", folder, "a folder that can be written", f"{error.strerror}.") from None
         yield

@@ -283,7 +283,8 @@ def _folder(location: str) -> list[str]:
     if is_local(location):
         if not os.path.isdir(location):
             raise ConfigError("shards", location, ALLOWED_SHARDS, "This folder does not exist. Check the path.")
-        return [os.path.join(location, name) for name in os.listdir(location) if not name.startswith(".")]
+        # A link to a tar that is gone stays in the list, so that it is complained about.
+        return [entry.path for entry in os.scandir(location) if not entry.name.startswith(".") and not entry.is_dir()]
     # A web server answers a folder with its index only under the name with a slash.
     fs, path = file_system(location.rstrip("/") + "/" if _is_http(location) else location)
     fs.invalidate_cache(path)

@@ -305,6 +305,34 @@ def test_default_folder(tmp_path, monkeypatch):
     os.chmod(folder, 0o755)
 
 
+def test_a_manifest_that_came_with_read_only_shards_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_set(tmp_path / "set")
+    open_manifest(folder)
+    os.chmod(folder, 0o555)
+    assert open_manifest(folder).folder == f"{folder}/.diptych"
+    os.truncate(tmp_path / "set" / "00000.tar", 5000)
+    stale = open_manifest(folder)
+    assert stale.folder == default_folder(folder) != f"{folder}/.diptych"
+    assert len(stale.faults) == 1
+    os.chmod(folder, 0o755)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    folder = write_set(tmp_path / "set")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match="data.manifest"):
+        open_manifest(folder, str(tmp_path / "file" / "manifest"))
+
+
+def test_a_link_to_a_lost_shard_is_refused(tmp_path):
+    folder = write_set(tmp_path / "set")
+    os.symlink("gone.tar", tmp_path / "set" / "00003.tar")
+    os.mkdir(tmp_path / "set" / "folder.tar")
+    with pytest.raises(ConfigError, match="00003"):
+        open_manifest(folder)
+
+
 def test_part_of_a_set_has_the_names_of_the_whole(tmp_path):
     folder = write_set(tmp_path / "set")
     part = open_manifest(f"{folder}/{{00000..00001}}.tar")
