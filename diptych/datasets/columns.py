@@ -9,6 +9,7 @@ Shape legend: N rows, M members of all rows.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ DTYPES = {
     "member_offset": "<i8",  # [M] bytes
     "member_size": "<i8",  # [M] bytes
 }
+
+SMALL_BYTES = 1 << 28
+"""Bytes of columns that may stay mapped as a whole."""
+ROWS_MAPPED = 512
+"""Random rows after which larger columns are unmapped: about 250 MB of pages."""
 
 
 class ColumnWriter:
@@ -78,14 +84,30 @@ class ColumnWriter:
 
 
 class Columns:
-    """The arrays that `ColumnWriter` wrote, memory-mapped and read-only."""
+    """The arrays that `ColumnWriter` wrote, memory-mapped and read-only. Safe to share between threads."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.arrays = {name: _map(Path(folder, f"{name}.bin"), dtype) for name, dtype in DTYPES.items()}
+        self._maps = {name: _map(Path(folder, f"{name}.bin")) for name in DTYPES}
+        self.arrays = {name: np.frombuffer(mapped, DTYPES[name]) for name, mapped in self._maps.items()}
+        self._bytes = sum(len(mapped) for mapped in self._maps.values())
+        self._touched = 0
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
+
+    def touched(self, rows: int) -> None:
+        """Count random rows read, and let go of mapped pages now and then.
+
+        The kernel maps 64 kB around each; they are page cache and cost nothing, but they count as memory of this process,
+        and Ray kills workers by that.
+        """
+        self._touched += rows
+        if self._touched >= ROWS_MAPPED and self._bytes > SMALL_BYTES:
+            self._touched = 0
+            for mapped in self._maps.values():
+                if isinstance(mapped, mmap.mmap):
+                    mapped.madvise(mmap.MADV_DONTNEED)
 
     def texts(self, name: str) -> pa.LargeStringArray:
         """Column `key` or `caption` as an Arrow array over the mapped file."""
@@ -114,8 +136,11 @@ class Columns:
         return np.where(best < len(codes) * len(flat), flat[best % len(flat)], -1)
 
 
-def _map(path: Path, dtype: str) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+def _map(path: Path) -> mmap.mmap | bytes:
+    if not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -121,6 +121,7 @@ class Manifest:
         offset, size = np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64)
         offset[found] = self.columns["member_offset"][index[found]]
         size[found] = self.columns["member_size"][index[found]]
+        self.columns.touched(len(rows))
         return self.shard_of(rows), offset, size
 
     def rows(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
@@ -128,6 +129,7 @@ class Manifest:
         rows = self._checked(rows)
         names = SCHEMA.names if columns is None else list(columns)
         arrays = [self._take(name, rows) for name in names]
+        self.columns.touched(len(rows))
         return pa.Table.from_arrays(arrays, schema=pa.schema([SCHEMA.field(name) for name in names]))
 
     def column(self, name: str) -> np.ndarray | pa.ChunkedArray:
