@@ -25,46 +25,47 @@ from diptych.config import ConfigError
 
 EXACT_ROWS = 20_000
 """Vectors up to which all pairs are compared."""
-MOST_PAIRS = 200_000_000
-"""Pairs that are held at once, 20 bytes each."""
-_BLOCK = 2048
+MOST_PAIRS = 100_000_000
+"""Pairs that are held at once, 12 bytes each, and again while they are sorted."""
+_BLOCK = 512
 _MARGIN = 2e-5  # float32 sums of products of unit vectors err by less
 _POINTS_PER_CELL, _ITERATIONS = 40, 4
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Embeddings as they are stored, with their norms; unit vectors are made where they are used."""
+    """Embeddings at length 1."""
 
-    array: np.ndarray
-    """float16 or float32 [N, D]; may be memory-mapped."""
-    norms: np.ndarray
-    """float32 [N]; 0 = missing, zero or not finite: such a sample is nobody's duplicate."""
+    units: np.ndarray
+    """float32 [N, D]; may be memory-mapped. Zeros where there is no usable vector."""
+    usable: np.ndarray
+    """bool [N]; False = missing, zero or not finite: such a sample is nobody's duplicate."""
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Vectors:
-        """Vectors of float [N, D]."""
-        norms = np.empty(len(array), np.float32)
+    def of(cls, array: np.ndarray, units: np.ndarray | None = None) -> Vectors:
+        """Normalise float [N, D], into `units` if given (which may be `array` itself)."""
+        units = np.empty(array.shape, np.float32) if units is None else units
+        usable = np.empty(len(array), bool)
         for start in range(0, len(array), 1 << 16):
             part = np.asarray(array[start : start + (1 << 16)], np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
-                found = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
-            norms[start : start + len(part)] = np.where(np.isfinite(found), found, 0)
-        return cls(array, norms)
+                norms = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
+            good = np.isfinite(norms) & (norms > 0)
+            units[start : start + len(part)] = np.where(good[:, None], part, 0) / np.where(good, norms, 1)[:, None]
+            usable[start : start + len(part)] = good
+        return cls(units, usable)
 
-    def unit(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [n, D] of length 1; zeros where there is no usable vector."""
-        norms = self.norms[rows]
-        found = np.asarray(self.array[rows], np.float32)
-        found[norms == 0] = 0
-        return found / np.where(norms == 0, 1, norms)[:, None]
+    @property
+    def rows(self) -> np.ndarray:
+        """int64: rows with a usable vector."""
+        return np.flatnonzero(self.usable)
 
     def cosine(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """float64 [n]: cosines of the rows a[i] and b[i], computed in float64 from the stored vectors."""
+        """float64 [n]: cosines of the rows a[i] and b[i], computed in float64."""
         found = np.empty(len(a), np.float64)
         for start in range(0, len(a), 1 << 14):
             part = slice(start, start + (1 << 14))
-            left, right = np.asarray(self.array[a[part]], np.float64), np.asarray(self.array[b[part]], np.float64)
+            left, right = self.units[a[part]].astype(np.float64), self.units[b[part]].astype(np.float64)
             norms = np.sqrt((left * left).sum(axis=1) * (right * right).sum(axis=1))
             found[part] = (left * right).sum(axis=1) / np.where(norms == 0, 1, norms)
         return found
@@ -110,25 +111,25 @@ def build_cells(vectors: Vectors, cells: int, probes: int, seed: int = 0) -> Cel
     """k-means of a sample, then the nearest `probes` of `cells` centroids for every vector; on a GPU if faiss sees one."""
     import faiss
 
-    usable = np.flatnonzero(vectors.norms > 0)
+    usable = vectors.rows
     random = np.random.default_rng(seed)
     cells = min(cells, max(1, len(usable)))
     probes = min(probes, cells)
     sample = np.sort(random.choice(usable, min(len(usable), cells * _POINTS_PER_CELL), replace=False))
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    dim = vectors.array.shape[1]
+    dim = vectors.units.shape[1]
     means = faiss.Kmeans(
         dim, cells, niter=_ITERATIONS, spherical=True, seed=seed + 1, max_points_per_centroid=_POINTS_PER_CELL,
         min_points_per_centroid=1, gpu=bool(gpus),
     )  # fmt: skip
-    means.train(vectors.unit(sample))
+    means.train(vectors.units[sample])
     index = faiss.IndexFlatIP(dim)
     index.add(means.centroids)
     index = faiss.index_cpu_to_all_gpus(index) if gpus else index
-    nearest, to_centroid = np.empty((len(usable), probes), np.int32), np.zeros(len(vectors.norms), np.float32)
+    nearest, to_centroid = np.empty((len(usable), probes), np.int32), np.zeros(len(vectors.usable), np.float32)
     for start in range(0, len(usable), 1 << 15):
         rows = usable[start : start + (1 << 15)]
-        cosine, found = index.search(vectors.unit(rows), probes)
+        cosine, found = index.search(vectors.units[rows], probes)
         nearest[start : start + len(rows)], to_centroid[rows] = found, cosine[:, 0]
     flat = nearest.reshape(-1)
     order = np.argsort(flat, kind="stable")
@@ -143,39 +144,63 @@ def near_pairs(vectors: Vectors, threshold: float, cells: Cells | None, advance:
     """
     if not 0 < threshold <= 1:
         raise ConfigError("--threshold", threshold, "a cosine above 0 and at most 1")
-    blocks: list[np.ndarray] = []
-    held = 0
-    rows = len(vectors.norms)
+    rows = len(vectors.usable)
+    held = _Held(threshold, rows)
     for number in range(len(cells) if cells else 1):
-        members = cells.members(number) if cells else np.flatnonzero(vectors.norms > 0)
-        for a, b in _within(vectors, members, threshold - _MARGIN):
-            blocks.append(a * rows + b)
-            held += len(a)
-            if held > MOST_PAIRS:
-                blocks = [np.unique(np.concatenate(blocks))]
-                held = len(blocks[0])
-                if held > MOST_PAIRS // 2:
-                    raise ConfigError("--threshold", threshold, f"a threshold with at most {MOST_PAIRS // 2:,} pairs", "Raise it.")
+        members = cells.members(number) if cells else vectors.rows
+        for a, b, cosine in _within(vectors, members, threshold - _MARGIN):
+            held.add(a, b, cosine)
         advance(1)
-    pairs = _unique(np.concatenate(blocks)) if blocks else np.empty(0, np.int64)
+    pairs, similarity = held.unique()
     a, b = pairs // max(rows, 1), pairs % max(rows, 1)
-    similarity = vectors.cosine(a, b)
-    # Rounding of the last bit must not tell a vector from its copy.
-    true = similarity >= threshold - 1e-12
-    return Pairs(a[true], b[true], similarity[true].astype(np.float32))
+    # Only what float32 cannot tell from the threshold is computed again. A vector and its copy differ by rounding alone.
+    doubtful = np.flatnonzero(similarity < threshold + _MARGIN)
+    exact = vectors.cosine(a[doubtful], b[doubtful])
+    similarity[doubtful] = exact
+    true = np.ones(len(pairs), bool)
+    true[doubtful[exact < threshold - 1e-12]] = False
+    return Pairs(a[true], b[true], similarity[true])
 
 
-def _within(vectors: Vectors, members: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (a < b) of the sorted `members` above `threshold` in float32."""
-    units = vectors.unit(members)
+class _Held:
+    """Pairs found so far, a pair of two cells once."""
+
+    def __init__(self, threshold: float, rows: int) -> None:
+        self._threshold, self._rows, self._count = threshold, rows, 0
+        self._codes: list[np.ndarray] = []
+        self._cosines: list[np.ndarray] = []
+
+    def add(self, a: np.ndarray, b: np.ndarray, cosine: np.ndarray) -> None:
+        self._codes.append(a * self._rows + b)
+        self._cosines.append(cosine)
+        self._count += len(a)
+        if self._count > MOST_PAIRS:
+            codes, cosines = self.unique()
+            self._codes, self._cosines, self._count = [codes], [cosines], len(codes)
+            if self._count > MOST_PAIRS // 2:
+                raise ConfigError("--threshold", self._threshold, f"a threshold with at most {MOST_PAIRS // 2:,} pairs", "Raise it.")
+
+    def unique(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self._codes:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        codes, cosines = np.concatenate(self._codes), np.concatenate(self._cosines)
+        order = np.argsort(codes, kind="stable")
+        codes, cosines = codes[order], cosines[order]
+        first = np.concatenate(([True], codes[1:] != codes[:-1]))
+        return codes[first], cosines[first]
+
+
+def _within(vectors: Vectors, members: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs (a < b) of the sorted `members` above `threshold` in float32, with their cosines."""
+    units = vectors.units[members]
     for start in range(0, len(members), _BLOCK):
-        for other in range(start, len(members), 4 * _BLOCK):
-            cosine = units[start : start + _BLOCK] @ units[other : other + 4 * _BLOCK].T
-            left, right = np.divmod(np.flatnonzero(cosine >= threshold), cosine.shape[1])
-            left, right = left + start, right + other
-            upper = left < right
+        for other in range(start, len(members), 16 * _BLOCK):
+            cosine = units[start : start + _BLOCK] @ units[other : other + 16 * _BLOCK].T
+            found = np.flatnonzero(cosine >= threshold)
+            left, right = np.divmod(found, cosine.shape[1])
+            upper = left + start < right + other
             if upper.any():
-                yield members[left[upper]], members[right[upper]]
+                yield members[left[upper] + start], members[right[upper] + other], cosine.reshape(-1)[found[upper]]
 
 
 def _unique(values: np.ndarray) -> np.ndarray:
@@ -194,19 +219,18 @@ def representatives(pairs: Pairs, preference: np.ndarray) -> np.ndarray:
         return kept_for
     rank = np.empty(rows, np.int64)
     rank[preference] = np.arange(rows)
-    ends = np.concatenate([np.stack([pairs.a, pairs.b], 1), np.stack([pairs.b, pairs.a], 1)])
-    similarity = np.concatenate([pairs.similarity, pairs.similarity])
-    # Neighbours of a row stand together; only rows that have some are visited.
-    order = np.lexsort((-similarity, ends[:, 0]))
-    source, target = ends[order, 0], ends[order, 1]
-    nodes = source[np.concatenate(([True], source[1:] != source[:-1]))]
-    starts = np.append(np.searchsorted(source, nodes), len(source))
+    # Neighbours above a row stand together in `b`, those below it in `a` ordered by `b`.
+    by_b = np.argsort(pairs.b, kind="stable")
+    below, above_b = pairs.a[by_b], pairs.b[by_b]
+    nodes = np.flatnonzero(np.bincount(pairs.a, minlength=rows) + np.bincount(pairs.b, minlength=rows))
+    up, up_end = np.searchsorted(pairs.a, nodes), np.searchsorted(pairs.a, nodes, "right")
+    down, down_end = np.searchsorted(above_b, nodes), np.searchsorted(above_b, nodes, "right")
     dropped = np.zeros(rows, bool)
     for position in np.argsort(rank[nodes]).tolist():
         node = nodes[position]
         if dropped[node]:
             continue
-        near = target[starts[position] : starts[position + 1]]
+        near = np.concatenate([pairs.b[up[position] : up_end[position]], below[down[position] : down_end[position]]])
         free = near[~dropped[near]]
         dropped[free] = True
         kept_for[free] = node
@@ -218,17 +242,17 @@ def estimate_recall(vectors: Vectors, pairs: Pairs, threshold: float, samples: i
 
     Returns `recall` (1.0 where no pair was met), `pairs` met, and `missed`.
     """
-    usable = np.flatnonzero(vectors.norms > 0)
+    usable = vectors.rows
     rows = np.sort(np.random.default_rng(seed).choice(usable, min(samples, len(usable)), replace=False))
-    units, met = vectors.unit(rows), []
+    units, met = vectors.units[rows], []
     for start in range(0, len(usable), 1 << 15):
         others = usable[start : start + (1 << 15)]
-        left, right = np.nonzero(units @ vectors.unit(others).T >= threshold - _MARGIN)
+        left, right = np.nonzero(units @ vectors.units[others].T >= threshold - _MARGIN)
         met.append(np.stack([rows[left], others[right]], 1))
     ends = np.concatenate(met) if met else np.empty((0, 2), np.int64)
     ends = np.sort(ends[ends[:, 0] != ends[:, 1]], axis=1)
     ends = ends[vectors.cosine(ends[:, 0], ends[:, 1]) >= threshold]
-    total = len(vectors.norms)
+    total = len(vectors.usable)
     expected = _unique(ends[:, 0] * total + ends[:, 1])
     missed = len(np.setdiff1d(expected, pairs.a * total + pairs.b, assume_unique=True))
     return {"recall": 1 - missed / len(expected) if len(expected) else 1.0, "pairs": len(expected), "missed": missed}

@@ -1,0 +1,151 @@
+"""`dedup` on planted near-duplicates, beside a flat faiss search and beside the image-to-prompt seed's method.
+
+    .venv/bin/python benchmarks/dedup.py --rows 1000000 --only ours      (one measurement per call, if time is short)
+    .venv/bin/python benchmarks/dedup.py --rows 1000000
+
+`rows` random unit vectors of `dim`, of which 5 % are near-duplicates of another with cosines evenly from 0.91 to 0.999; threshold
+0.9. Each side is a fresh process with two threads.
+
+* ours: k-means, cells, matrix products, exact check of what is doubtful, one kept per group. All rows; recall over all planted pairs,
+  and every pair found is checked in float64 from the original vectors.
+* flat: faiss IndexFlatIP, 10 neighbours of 20,000 sampled rows; its time for all rows is that × rows / 20,000.
+* seed: faiss IndexIVFFlat with 5 lists, 20 neighbours, one probe, as the seed has it, for the same sampled rows, likewise extrapolated; it
+  drops every member of a near pair, so its loss is counted: samples dropped beyond those that had to go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THRESHOLD, SAMPLED = 0.9, 20_000
+
+
+def generate(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [rows, dim], int64 [planted, 2]: the pairs that were planted)."""
+    random = np.random.default_rng(0)
+    copies = rows // 20
+    vectors = random.standard_normal((rows, dim), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    sources = random.choice(rows - copies, copies, replace=False)
+    cosine = random.uniform(0.91, 0.999, (copies, 1)).astype(np.float32)
+    noise = random.standard_normal((copies, dim), dtype=np.float32)
+    noise -= (noise * vectors[sources]).sum(1, keepdims=True) * vectors[sources]
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    vectors[rows - copies :] = cosine * vectors[sources] + np.sqrt(1 - cosine**2) * noise
+    return vectors, np.stack([sources, np.arange(rows - copies, rows)], 1)
+
+
+def ours(path: Path, planted: np.ndarray, probes: int) -> dict[str, Any]:
+    """All of `dedup` but the reading of Parquet and the writing of lists."""
+    from diptych.datasets import dedup
+
+    stored = np.load(path)
+    start = time.perf_counter()
+    vectors = dedup.Vectors.of(stored, stored)
+    cells = dedup.build_cells(vectors, dedup.plan(len(stored), probes), probes)
+    built = time.perf_counter() - start
+    pairs = dedup.near_pairs(vectors, THRESHOLD, cells)
+    kept_for = dedup.representatives(pairs, np.arange(len(stored)))
+    seconds = time.perf_counter() - start
+    memory = peak_megabytes()
+    original = np.load(path, mmap_mode="r")
+    lowest = min(
+        (cosines(original, pairs.a[i : i + 65536], pairs.b[i : i + 65536]).min() for i in range(0, len(pairs.a), 65536)), default=1.0
+    )
+    found = np.isin(planted[:, 0] * len(stored) + planted[:, 1], pairs.a * len(stored) + pairs.b)
+    return {
+        "seconds": seconds, "seconds_cells": built, "cells": len(cells), "probes": probes, "recall": float(found.mean()), "pairs": len(pairs.a),
+        "lowest_cosine": float(lowest), "dropped": int((kept_for != np.arange(len(stored))).sum()), "peak_mb": memory,
+    }  # fmt: skip
+
+
+def cosines(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """In float64."""
+    left, right = vectors[a].astype(np.float64), vectors[b].astype(np.float64)
+    return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+
+
+def searched(path: Path, planted: np.ndarray, side: str) -> dict[str, Any]:
+    """A faiss index over all rows, asked for the neighbours of sampled rows; half of the sample are planted duplicates."""
+    import faiss
+
+    vectors = np.load(path)
+    rows, dim = vectors.shape
+    random = np.random.default_rng(1)
+    count = min(SAMPLED, len(planted) * 2, rows // 2)
+    ends = planted[random.choice(len(planted), count // 2, replace=False)]
+    others = random.choice(rows - len(planted), count // 2, replace=False)
+    queries = np.concatenate([ends[:, 1], others])
+    start = time.perf_counter()
+    if side == "flat":
+        index, neighbours = faiss.IndexFlatIP(dim), 10
+    else:
+        quantizer, neighbours = faiss.IndexFlatIP(dim), 20
+        index = faiss.IndexIVFFlat(quantizer, dim, 5, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+    index.add(vectors)
+    built = time.perf_counter() - start
+    cosine, found = index.search(vectors[queries], neighbours)
+    seconds = time.perf_counter() - start - built
+    near = (cosine >= THRESHOLD) & (found != queries[:, None]) & (found >= 0)
+    hit = (near[: len(ends)] & (found[: len(ends)] == ends[:, :1])).any(axis=1)
+    return {
+        "seconds_built": built, "seconds_sampled": seconds, "seconds_all": built + seconds * rows / len(queries), "sampled": len(queries),
+        "recall": float(hit.mean()), "peak_mb": peak_megabytes(),
+    }  # fmt: skip
+
+
+def peak_megabytes() -> float:
+    """Peak resident memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    """Generate once, measure each side in a process of its own, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--probes", type=int, default=6)
+    parser.add_argument("--only", choices=["ours", "flat", "seed"], nargs="+", default=["ours", "flat", "seed"])
+    parser.add_argument("--side", choices=["ours", "flat", "seed"])
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    if arguments.side:
+        planted = np.load(arguments.work / "planted.npy")
+        path = arguments.work / "vectors.npy"
+        found = ours(path, planted, arguments.probes) if arguments.side == "ours" else searched(path, planted, arguments.side)
+        print(json.dumps(found))
+        return
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="diptych-dedup-"))
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "vectors.npy").exists():
+        vectors, planted = generate(arguments.rows, arguments.dim)
+        np.save(work / "planted.npy", planted)
+        np.save(work / "vectors.npy", vectors)
+        del vectors
+    results = {}
+    for side in arguments.only:
+        command = [sys.executable, __file__, "--side", side, "--work", str(work), "--probes", str(arguments.probes)]
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+        answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        results[side] = json.loads(answer.splitlines()[-1])
+        print(side, json.dumps(results[side], indent=2), flush=True)
+    if not arguments.work:
+        shutil.rmtree(work)
+    print(json.dumps({"benchmark": "dedup", "rows": arguments.rows, "dim": arguments.dim, "threshold": THRESHOLD, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
