@@ -34,7 +34,8 @@ class GPT2Steps:
         """Logits `[N, V]` after one more token `[N]`."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        positions = self.lengths[:, None]
+        # A text that has reached the model's end may wait in the batch for the others; what it computes is not used.
+        positions = self.lengths[:, None].clamp(max=self.model.config.n_positions - 1)
         self.lengths = self.lengths + 1
         return self._run(tokens[:, None], positions)
 

@@ -168,6 +168,9 @@ def test_texts_stop_at_the_models_positions(completer):
     assert len(long.text) <= 64
     assert long.tokens <= 2
     assert short.tokens <= 63
+    crowd = completer.complete(["ab" * 31] + ["a"] * 30, Decoding(max_new_tokens=500, sample=True, temperature=0.5))
+    assert len(crowd[0][0].text) <= 64
+    assert max(texts[0].tokens for texts in crowd) > 20
 
 
 def test_wrong_prompts_are_named(completer):
