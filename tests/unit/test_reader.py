@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_a_row_reads_the_same_in_any_company(source: SampleSource, needs: Needs)
 def test_only_the_members_that_are_needed_are_read(source: SampleSource, needs: Needs, manifest: Manifest, tmp_path: Path) -> None:
     rows = np.arange(SAMPLES)
     # Where no picture is needed no tar is opened: the shards need not even be there.
-    absent = SampleSource(source.manifest, str(tmp_path / "nowhere"), source.join, retries=0)
+    absent = replace(source, root=str(tmp_path / "nowhere"), retries=0)
     read = read_rows(absent, rows, rows, Needs(tokens=needs.tokens, image_embedding=needs.image_embedding), seed=0)
     assert read.bytes_read == 0
     with pytest.raises(FileNotFoundError):
@@ -134,7 +135,7 @@ def test_only_the_members_that_are_needed_are_read(source: SampleSource, needs: 
 def test_a_shard_that_was_cut_since_fails_the_attempt(source: SampleSource, folder: Path, tmp_path: Path) -> None:
     for path in (folder / "shards").glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:600])
-    cut = SampleSource(source.manifest, str(tmp_path), retries=1)
+    cut = replace(source, root=str(tmp_path), retries=1)
     with pytest.raises(PermanentReadError, match=r"00000\.tar"):
         read_rows(cut, np.array([5]), np.array([0]), Needs(image=ImageNeed(16)), seed=0)
 
@@ -164,6 +165,11 @@ def test_a_source_is_small_and_travels(source: SampleSource) -> None:
     assert len(data) < 1000
     assert pickle.loads(data) == source
     assert pickle.loads(data).opened() is source.opened()
+
+
+def test_data_that_changed_since_is_refused(source: SampleSource) -> None:
+    with pytest.raises(ConfigError, match="that this run started on"):
+        replace(source, digest="0" * 64).opened()
 
 
 @pytest.fixture
@@ -210,10 +216,10 @@ def test_a_flaky_server_gives_the_same_samples_as_the_disk(source: SampleSource,
     rows = np.random.default_rng(0).permutation(SAMPLES)
     need = Needs(image=ImageNeed(16))
     local = read_rows(source, rows, rows, need, seed=0)
-    remote = read_rows(SampleSource(source.manifest, url, retries=3), rows, rows, need, seed=0)
+    remote = read_rows(replace(source, root=url, retries=3), rows, rows, need, seed=0)
     np.testing.assert_array_equal(local.arrays["image"], remote.arrays["image"])
     assert local.faults == remote.faults
     assert len(seen) >= 2
     seen.clear()
     with pytest.raises(OSError, match="503"):
-        read_rows(SampleSource(source.manifest, url, retries=0), rows, rows, need, seed=0)
+        read_rows(replace(source, root=url, retries=0), rows, rows, need, seed=0)

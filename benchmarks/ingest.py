@@ -1,0 +1,309 @@
+"""Images per second from the same tars on the same cores: our stream, webdataset's DataLoader, Ray's read_webdataset, bare decode.
+
+    .venv/bin/python benchmarks/ingest.py --images 2000 --size 512 --target 256 --repeat 3
+
+Made data: crops of pictures with the spectrum of natural images (1/f noise, correlated colours), JPEG quality 95 as img2dataset writes
+them. At equal decode every contender uses Pillow with `draft`; as shipped, webdataset decodes with `decode("pil")` and resizes, Ray with its own
+decoder and resizes, ours with `data.decoder=auto`. Every measurement is a fresh process; its clock starts after a third of
+the images has gone by, so that start-up does not count, and `first` is the time to the first batch. Contenders take turns; medians, with
+(lowest to highest). `--memory` measures the peak resident memory of a read worker instead. Exit status 1 if a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+BATCH = 64
+GOALS = (
+    ("ours", "webdataset", 0.9, "at equal decode"),
+    ("ours", "ray", 2.0, "at equal decode"),
+    ("ours", "bare", 0.7, "at equal decode"),
+    ("ours-shipped", "webdataset-shipped", 2.0, "as shipped"),
+    ("ours-shipped", "ray-shipped", 4.0, "as shipped"),
+)
+MEMORY_GOAL = 0.6e9
+
+
+def generate(folder: Path, images: int, size: int) -> None:
+    """Shards of 500 samples."""
+    from diptych.datasets.shards import ShardWriter
+
+    random = np.random.default_rng(0)
+    pool = [_picture(random, 2 * size) for _ in range(6)]
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for number in range(images):
+            left, top = random.integers(0, size, 2)
+            crop = pool[number % len(pool)].crop((left, top, left + size, top + size))
+            file = io.BytesIO()
+            crop.save(file, "JPEG", quality=95)
+            yield {"jpg": file.getvalue(), "txt": f"picture {number}"}
+
+    ShardWriter(str(folder), samples_per_shard=500).write_all(samples())
+
+
+def _picture(random: np.random.Generator, side: int) -> Image.Image:
+    frequencies = np.fft.fftfreq(side)
+    radius = np.hypot(*np.meshgrid(frequencies, frequencies))
+    radius[0, 0] = 1
+
+    def layer() -> np.ndarray:
+        return np.fft.ifft2(np.exp(2j * np.pi * random.random((side, side))) / radius**1.3).real
+
+    shared = layer()
+    colours = np.stack([shared + 0.35 * layer() for _ in range(3)], axis=-1)
+    colours = (colours - colours.mean()) / colours.std()
+    return Image.fromarray(np.clip(125 + 55 * colours, 0, 255).astype(np.uint8))
+
+
+def decode_with_draft(data: bytes, target: int) -> np.ndarray:
+    """What every contender does at equal decode."""
+    picture = Image.open(io.BytesIO(data))
+    picture.draft("RGB", (target, target))
+    return _resized(picture.convert("RGB"), target)
+
+
+def _resized(picture: Image.Image, target: int) -> np.ndarray:
+    if picture.size != (target, target):
+        picture = picture.resize((target, target), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def timed(batches: Iterable[int], images: int) -> dict[str, float]:
+    """Rate over all batches (as numbers of images) but those of the first third."""
+    begin = time.perf_counter()
+    first, seen, start, counted = 0.0, 0, 0.0, 0
+    for count in batches:
+        first = first or time.perf_counter() - begin
+        seen += count
+        if start:
+            counted += count
+        elif seen >= images // 3:
+            start = time.perf_counter()
+    return {"rate": counted / (time.perf_counter() - start), "first": first, "images": seen}
+
+
+def ours(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
+    """RayStream of one worker."""
+    from diptych.batches import ImageNeed, Needs
+    from diptych.config import DataConfig
+    from diptych.datasets.keep import Selection
+    from diptych.datasets.manifest import open_manifest
+    from diptych.datasets.ray_stream import RayStream
+    from diptych.datasets.reader import SampleSource
+    from diptych.datasets.stream import StreamSpec
+
+    manifest = open_manifest(str(folder))
+    source = SampleSource.of(manifest, None, DataConfig(decoder=decoder))
+    spec = StreamSpec(source, Selection(None, manifest.samples, manifest.digest), Needs(image=ImageNeed(target)), 0, BATCH)
+    with started_ray(cores):
+        stream = RayStream(spec, 0, 1, 0, images // BATCH, cpus=cores)
+        result = timed((len(share.arrays["image"]) for share in stream), images)
+        return result | {"peak_rss": read_worker_peak()}
+
+
+def read_worker_peak() -> float:
+    """Largest resident memory that any of Ray's worker processes has had, in bytes."""
+    import psutil
+
+    peaks = [0.0]
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith("ray::"):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peaks.append(1024.0 * int(status.partition("VmHWM:")[2].split()[0]))
+        except (psutil.Error, OSError, IndexError):
+            continue
+    return max(peaks)
+
+
+class started_ray:  # noqa: N801 - used as a block
+    """A local Ray of as many CPUs as the contenders have cores."""
+
+    def __init__(self, cores: int) -> None:
+        self.cores = cores
+
+    def __enter__(self) -> None:
+        import ray
+
+        ray.init(address="local", num_cpus=self.cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool) -> dict[str, float]:
+    """webdataset's loader with one worker per core; batches are made in the workers and cross as shared tensors."""
+    import torch
+    import webdataset as wds
+
+    def stack(samples: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(samples))
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    dataset = wds.WebDataset(tars, shardshuffle=False, workersplitter=wds.split_by_worker).repeat()
+    if shipped:
+        dataset = dataset.decode("pil").map(lambda sample: _resized(sample["jpg"], target))
+    else:
+        dataset = dataset.map(lambda sample: decode_with_draft(sample["jpg"], target))
+    loader = wds.WebLoader(dataset.batched(BATCH, collation_fn=stack), batch_size=None, num_workers=cores, prefetch_factor=4)
+
+    def batches() -> Iterator[int]:
+        seen = 0
+        for batch in loader:
+            yield len(batch)
+            seen += len(batch)
+            if seen >= images:
+                return
+
+    return timed(batches(), images)
+
+
+def ray_webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool) -> dict[str, float]:
+    """`ray.data.read_webdataset`."""
+    import ray
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    tars *= -(-images // (500 * len(tars)))
+
+    def draft(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"jpg": decode_with_draft(sample["jpg"], target)}
+
+    def resize(row: dict[str, Any]) -> dict[str, Any]:
+        return {"jpg": _resized(Image.fromarray(row["jpg"]), target)}
+
+    with started_ray(cores):
+        dataset = ray.data.read_webdataset(tars, decoder=True if shipped else draft)
+        dataset = dataset.map(resize) if shipped else dataset
+        loader = dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2)
+        return timed((len(batch["jpg"]) for batch in loader), images)
+
+
+def bare(folder: Path, images: int, target: int, cores: int) -> dict[str, float]:
+    """The decoder alone in one plain process per core, on bytes that are in memory already."""
+    from diptych.datasets import storage
+    from diptych.datasets.manifest import open_manifest
+
+    manifest = open_manifest(str(folder))
+    rows = np.arange(min(images, manifest.samples, 500))
+    shards, offsets, sizes = manifest.members(rows, ("jpg",))
+    url = manifest.shard_url(int(shards[0]))
+    data = storage.read_ranges(url, list(zip(offsets.tolist(), sizes.tolist(), strict=True)))
+    barrier, results = multiprocessing.Barrier(cores), multiprocessing.SimpleQueue()
+    workers = [
+        multiprocessing.Process(target=_bare, args=(data[rank::cores], images // cores, target, barrier, results)) for rank in range(cores)
+    ]
+    for worker in workers:
+        worker.start()
+    rate = sum(results.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return {"rate": rate, "first": 0.0, "images": images}
+
+
+def _bare(data: list[bytes], images: int, target: int, barrier: Any, results: Any) -> None:
+    decode_with_draft(data[0], target)
+    barrier.wait()
+    begin = time.perf_counter()
+    for number in range(images):
+        decode_with_draft(data[number % len(data)], target)
+    results.put(images / (time.perf_counter() - begin))
+
+
+def measure(name: str, folder: Path, images: int, target: int, cores: int) -> dict[str, float]:
+    """One measurement, in this process."""
+    shipped = name.endswith("-shipped")
+    kind = name.removesuffix("-shipped")
+    if kind == "ours":
+        return ours(folder, images, target, cores, "auto" if shipped else "pil")
+    if kind == "bare":
+        return bare(folder, images, target, cores)
+    return (webdataset if kind == "webdataset" else ray_webdataset)(folder, images, target, cores, shipped)
+
+
+def fresh(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """One measurement, in a process of its own."""
+    call = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--images", str(options.images)]
+    call += ["--target", str(options.target), "--cores", str(options.cores)]
+    found = subprocess.run(call, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+    """All contenders in turns; rates, ratios, and whether every goal is met."""
+    names = list(dict.fromkeys(name for goal in GOALS for name in goal[:2]))
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(options.repeat):
+        for name in names:
+            runs[name].append(fresh(name, options, folder))
+            print(f"turn {turn + 1}: {name:20} {runs[name][-1]['rate']:7.0f} images/s", file=sys.stderr)
+    rates = {name: [run["rate"] for run in found] for name, found in runs.items()}
+    print(f"\n{options.size}² JPEG → {options.target}², {options.cores} cores, median of {options.repeat} (lowest to highest)")
+    for name, found in rates.items():
+        first = statistics.median(run["first"] for run in runs[name])
+        print(
+            f"  {name:20} {statistics.median(found):7.0f} images/s  ({min(found):.0f} to {max(found):.0f}), first batch after {first:.1f} s"
+        )
+    ratios, met = {}, True
+    for one, other, goal, what in GOALS:
+        ratio = statistics.median(rates[one]) / statistics.median(rates[other])
+        ratios[f"{one}/{other}"], met = ratio, met and ratio >= goal
+        print(f"  {one} / {other} {what}: {ratio:.2f} (goal: at least {goal}) {'met' if ratio >= goal else 'MISSED'}")
+    return {"rates": rates, "ratios": ratios}, met
+
+
+def memory(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+    """Peak of a read worker."""
+    found = fresh("ours-shipped", options, folder)
+    met = 0 < found["peak_rss"] < MEMORY_GOAL
+    print(
+        f"{options.size}² JPEG → {options.target}²: {found['rate']:.0f} images/s, peak of a read worker {found['peak_rss'] / 1e9:.2f} GB (goal: under 0.6)"
+    )
+    return found, met
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=3000, help="images per measurement; the data are two thirds of that")
+    parser.add_argument("--size", type=int, default=512, help="side of the stored JPEGs, in pixels")
+    parser.add_argument("--target", type=int, default=256, help="side of the output, in pixels")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of a read worker only")
+    parser.add_argument("--folder", type=Path, help="keep the data here; otherwise a temporary folder")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (options.folder or Path(scratch)) / f"{options.size}-{options.images}"
+        if not folder.is_dir():
+            generate(folder, -(-options.images * 2 // 1500) * 500, options.size)
+        figures, met = (memory if options.memory else compare)(options, folder)
+    if options.json:
+        print(json.dumps(figures))
+    sys.exit(0 if met else 1)
+
+
+if __name__ == "__main__":
+    main()
