@@ -16,13 +16,11 @@ def train_here(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     import torch
 
     from diptych.datasets.stream import LocalStream
-    from diptych.pipelines.session import run_session
+    from diptych.pipelines.session import payload_of, run_session
 
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config, run_dir)
     (run_dir / "config.json").write_text(prepared.config.to_json())
-    payload = {"config": prepared.config.to_json(), "run_dir": str(run_dir), "train": prepared.train, "validation": prepared.validation}
-    payload |= {"digest": prepared.facts["digest"]}
-    result = run_session(payload, prepared.config, torch.device("cpu"), LocalStream)
+    result = run_session(payload_of(prepared, run_dir), prepared.config, torch.device("cpu"), LocalStream)
     write_driver(run_dir, {"driver": "", "status": result["status"], "digest": prepared.facts["digest"], "run_id": "", "uri": ""})
     return json.loads((run_dir / "result.json").read_text())

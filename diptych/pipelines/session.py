@@ -22,11 +22,23 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.datasets.stream import StreamSpec
+    from diptych.pipelines.prepare import Prepared
     from diptych.trainers.loop import Callbacks
     from diptych.trainers.task import Batch, Task
 
 StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[StepBatch]]
 """`(spec, rank, world_size, start_step, stop_step)` → this worker's shares; a stop of None is the end of a finite stream."""
+
+
+def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+    """What a worker is handed: configuration, run folder, streams and the data's digest; small and picklable."""
+    return {
+        "config": prepared.config.to_json(),
+        "run_dir": str(run_dir),
+        "train": prepared.train,
+        "validation": prepared.validation,
+        "digest": prepared.facts["digest"],
+    }
 
 
 def train_worker(payload: dict[str, Any]) -> None:

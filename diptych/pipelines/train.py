@@ -99,17 +99,15 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diptych.pipelines.session import train_worker
+    from diptych.pipelines.session import payload_of, train_worker
 
     config, cluster = prepared.config, prepared.config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    payload = {"config": config.to_json(), "run_dir": str(run_dir), "train": prepared.train, "validation": prepared.validation}
-    payload |= {"digest": prepared.facts["digest"]}
     backend = "nccl" if cluster.gpus_per_worker else "gloo"
     try:
         TorchTrainer(
             train_worker,
-            train_loop_config=payload,
+            train_loop_config=payload_of(prepared, run_dir),
             torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
             scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources),
             # Our own checkpoints are the authority; a new name each time keeps Ray from restoring its snapshot of an earlier try.
