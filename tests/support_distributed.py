@@ -24,7 +24,9 @@ from diptych.config import task_names
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # DeepSpeed looks for a GPU when it is imported, which must not happen before a fork.
-_DEEPSPEED = ["deepspeed"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []
+_DEEPSPEED = (
+    ["deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []
+)
 _TASKS = [f"diptych.trainers.tasks.{name}" for name in task_names()]
 _CONTEXT.set_forkserver_preload(["diptych.trainers.loop", "safetensors.torch", "pyarrow.parquet", "fsspec", *_TASKS, *_DEEPSPEED])
 

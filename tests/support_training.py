@@ -54,12 +54,13 @@ class PairTask(Task):
             self.image = nn.Sequential(nn.Linear(WIDTH, 4 * H), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(4 * H, H))
             self.decode = nn.Sequential(nn.Linear(2 * H, 4 * H), nn.GELU(), nn.Dropout(config.dropout))
             self.head = nn.Linear(4 * H, VOCABULARY)
+            self.frozen = nn.Linear(H, H).requires_grad_(False) if config.idle else None
         self.scale = nn.Parameter(torch.tensor(1.5))
+        # Used by this module itself, not by a part of it.
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, H))
         self.register_buffer("shift", torch.full((H,), 0.25))
         if config.idle:
             self.idle = nn.Parameter(torch.ones(5))
-            self.frozen = nn.Linear(H, H)
-            self.frozen.requires_grad_(False)
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -75,7 +76,7 @@ class PairTask(Task):
     def _encode(self, batch: Batch) -> dict[str, Tensor]:
         image = self.image(batch["image_embedding"] + self.config.noise * batch["noise"]) + self.shift
         mask = batch["token_mask"][..., None].float()
-        text = (self.embed(batch["tokens"]) * mask).sum(1) / mask.sum(1).clamp_min(1)
+        text = self.gain * (self.embed(batch["tokens"]) * mask).sum(1) / mask.sum(1).clamp_min(1)
         return {"image": F.normalize(image, dim=-1), "text": F.normalize(text, dim=-1), "scale": self.scale}
 
     def forward(self, batch: Batch) -> Output:
@@ -220,10 +221,10 @@ def final_state(folder: str | Path) -> TrainState:
 
 
 def differences(left: TrainState, right: TrainState) -> dict[str, float]:
-    """Largest absolute difference of each part; infinite where names differ."""
+    """Largest absolute difference of each part; infinite where names differ. AdamW's counters are left out, see `idle`."""
     found = {}
     for part in ("weights", "optimizer", "ema"):
-        one, other = getattr(left, part), getattr(right, part)
+        one, other = ({k: v for k, v in getattr(state, part).items() if not k.startswith("step/")} for state in (left, right))
         same_names = set(one) == set(other)
         found[part] = max((float((one[name] - other[name]).abs().max()) for name in one), default=0.0) if same_names else float("inf")
     return found

@@ -127,12 +127,12 @@ class DDPStrategy:
         """Every worker holds the same; rank 0 copies."""
         if self.world.rank != 0:
             return None
-        optimizer = {
-            f"{key}/{name}": self.optimizer.state[parameter][key]
-            for name, parameter in self.parameters.items()
-            for key in (*MOMENTS, "step")
-            if parameter in self.optimizer.state
-        }
+        optimizer = {}
+        for name, parameter in self.parameters.items():
+            # A parameter that never had a gradient has no moments yet; under ZeRO it has zeros.
+            fresh = dict.fromkeys(MOMENTS, torch.zeros_like(parameter)) | {"step": torch.zeros(())}
+            known = self.optimizer.state.get(parameter) or fresh
+            optimizer |= {f"{key}/{name}": known[key] for key in (*MOMENTS, "step")}
         averages = dict(zip(self.parameters, self.ema.average, strict=True)) if self.ema is not None else {}
         return TrainState(
             weights=to_cpu(self._model_tensors()), optimizer=to_cpu(optimizer), ema=to_cpu(averages), scaler=self.scaler.state_dict()

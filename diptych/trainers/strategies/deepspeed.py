@@ -6,6 +6,7 @@ PyTorch's own on each worker's flat partitions, whose learning rate the loop set
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,8 +36,13 @@ class Entry(nn.Module):
     def __init__(self, task: Task, precision: Precision) -> None:
         super().__init__()
         self.task, self.precision = task, precision
-        # Registered before DeepSpeed's hooks, of which the one after the task's call takes the weights away.
-        task.register_forward_hook(_keep_scalars)
+        self._opens = False
+        # Registered before DeepSpeed's own hooks, which take the weights away after the task's call, and bring them back in
+        # the backward pass when they find a tensor in what the call returned.
+        task.register_forward_hook(self._open)
+
+    def _open(self, _task: nn.Module, _inputs: tuple[Any, ...], output: Output) -> Any:
+        return (output.terms, no_bare_parameters(output.features), output.report) if self._opens else output
 
     def forward(self, batch: Batch, way: str = "train") -> tuple[dict[str, Any], ...]:
         """`Task.forward`, `Task.features` or `Task.validate`, under the run's precision."""
@@ -46,12 +52,11 @@ class Entry(nn.Module):
             if way == "validate":
                 result = self.task.validate(batch)
                 return result.terms, result.rows, no_bare_parameters(result.features)
-            output = self.task(batch)
-            return output.terms, output.features, output.report
-
-
-def _keep_scalars(_task: nn.Module, _inputs: tuple[Any, ...], output: Output) -> Output:
-    return Output(output.terms, no_bare_parameters(output.features), output.report)
+            self._opens = True
+            try:
+                return self.task(batch)
+            finally:
+                self._opens = False
 
 
 class DeepSpeedStrategy:
@@ -77,6 +82,8 @@ class DeepSpeedStrategy:
         os.environ.setdefault("LOCAL_RANK", str(self.world.device.index or 0))
         import deepspeed
 
+        # Its progress reports go to standard output, where programs expect our own last line.
+        deepspeed.utils.logger.setLevel(logging.WARNING)
         # An all-reduce for inference that DeepSpeed would compile for minutes, and that needs a compiler on every worker.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
