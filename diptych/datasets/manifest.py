@@ -294,7 +294,7 @@ def _former_version(folder: str, newest: dict[str, Any], digest: str) -> dict[st
         former = _read_facts(storage.join(folder, newest["former"], "facts.json"))
         if former["digest"] == digest:
             return former
-    allowed = f"the data that the run began with, {digest[:12]}…"
+    allowed = f"the data {digest[:12]}… that this run started on"
     remedy = "Shards were added, removed or changed. Put them back, or start a new run on the new data."
     raise ConfigError("data.manifest", f"data {newest['digest'][:12]}… in {folder}", allowed, remedy)
 
