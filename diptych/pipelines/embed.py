@@ -24,9 +24,6 @@ from diptych.pipelines.console import finish, note, progress, show_faults
 if TYPE_CHECKING:
     from diptych.pipelines.embed_worker import EmbedSpec
 
-_SAME = 0.99
-"""Cosine from which two embeddings of one sample count as equal: float16 and other kernels stay far above."""
-
 
 class EmbedOptions(Config):
     """How samples become embeddings."""
@@ -70,7 +67,7 @@ def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[st
 
     started = time.monotonic()
     chosen = build(EmbedOptions, options or {})
-    spec = _prepare(shards, out, chosen)
+    spec = prepare(shards, out, chosen)
     embed_layout.claim(out, _provenance(spec, chosen))
     layout = spec.layout
     missing = [partition for partition in range(layout.partitions) if not layout.is_finished(partition)]
@@ -94,7 +91,8 @@ def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[st
     }
 
 
-def _prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
+def prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
+    """What the actors of a call need. Raises `ConfigError` as `run` does."""
     from diptych.datasets import embed_layout
     from diptych.datasets.keep import select
     from diptych.datasets.manifest import open_manifest
@@ -124,7 +122,7 @@ def _actors(options: EmbedOptions) -> int:
 def _provenance(spec: EmbedSpec, options: EmbedOptions) -> dict[str, Any]:
     """What the embeddings depend on."""
     return {
-        "model": options.model,
+        "model": str(Path(options.model).absolute()) if Path(options.model).is_dir() else options.model,
         "weights": _weights_digest(options.model),
         "modalities": list(options.modalities),
         "precision": options.precision,
@@ -183,52 +181,6 @@ def _check_resources(ray: Any, actors: int, cpus: int, gpus: float) -> None:
             )
 
 
-def verify(shards: str, out: str, count: int, options: dict[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Compute `count` random samples (0 = all) of the embeddings in `out` again and compare by cosine.
-
-    Returns run's keys, `faults` naming every sample below 0.99, and `cosine: {modality: {min, mean}}`. The folder may
-    be clip-retrieval's own or in the reordered layout.
-    """
-    import numpy as np
-
-    from diptych.datasets import embed_layout
-    from diptych.datasets.embeddings import PREFIXES, join
-    from diptych.pipelines.embed_worker import EmbedWorker
-
-    started = time.monotonic()
-    chosen = build(EmbedOptions, options or {})
-    former = embed_layout.read_provenance(out) or {}
-    present = [name for name, prefix in PREFIXES.items() if name in chosen.modalities and any(Path(out).rglob(f"{prefix}_*.npy"))]
-    if not present:
-        raise ConfigError("OUT", out, "a folder with img_emb or text_emb", "`diptych embed` without --verify makes one.")
-    updates = {"model": chosen.model or former.get("model", ""), "modality": "both" if len(present) == 2 else present[0]}
-    spec = _prepare(shards, out, chosen.model_copy(update=updates))
-    joined = join(spec.manifest, out, present)
-    have = np.flatnonzero(np.all([joined.lookups[name].file >= 0 for name in present], axis=0))
-    rows = have if not count or count >= len(have) else np.sort(np.random.default_rng(seed).choice(have, count, replace=False))
-    cosines: dict[str, list[float]] = {name: [] for name in present}
-    faults: list[dict[str, Any]] = []
-    with progress(f"verifying with {updates['model']}", len(rows)) as advance:
-        for batch, vectors in EmbedWorker(spec).embed(rows):
-            faults += [{"shard": fault.shard, "key": fault.key, "kind": fault.kind, "detail": fault.detail} for fault in batch.faults]
-            for name in present:
-                stored, _ = joined.read(batch.rows, name)
-                norms = np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
-                for index, cosine in enumerate(((stored / norms[:, None]) * vectors[name]).sum(axis=1).tolist()):
-                    cosines[name].append(cosine)
-                    if not cosine >= _SAME:
-                        detail = f"{name} embedding: cosine {cosine:.4f} with the one computed again"
-                        faults.append(
-                            {"shard": batch.shards[index], "key": batch.keys[index], "kind": "embedding_mismatch", "detail": detail}
-                        )
-            advance(len(batch.rows) + len(batch.faults))
-    found = {name: {"min": min(values), "mean": float(np.mean(values))} for name, values in cosines.items() if values}
-    return {
-        "samples_in": len(rows), "samples_out": len(rows) - len({(fault["shard"], fault["key"]) for fault in faults}), "faults": faults,
-        "seconds": time.monotonic() - started, "cosine": found, "dimensions": {name: joined.dim(name) for name in present},
-    }  # fmt: skip
-
-
 def command(
     shards: Annotated[str, typer.Argument(help="folder, URL or brace pattern of tars")],
     out: Annotated[str, typer.Argument(help="folder or URL for the embeddings")],
@@ -257,9 +209,11 @@ def command(
         "address": address,
     }  # fmt: skip
     if verify_samples:
+        from diptych.pipelines import embed_verify
+
         if verify_samples != "all" and not (verify_samples.isdigit() and int(verify_samples)):
             raise ConfigError("--verify", verify_samples, "a number of samples from 1, or all")
-        result = verify(shards, out, 0 if verify_samples == "all" else int(verify_samples), options)
+        result = embed_verify.run(shards, out, 0 if verify_samples == "all" else int(verify_samples), options)
         for name, cosine in result["cosine"].items():
             note(f"{name}: cosine min {cosine['min']:.4f}, mean {cosine['mean']:.4f} over {result['samples_in']:,} samples")
     else:

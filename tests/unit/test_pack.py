@@ -131,7 +131,7 @@ def test_a_hugging_face_data_set_is_read_from_its_folder(tmp_path: Path) -> None
     stored.save_to_disk(str(tmp_path / "hf"))
     result = pack.run(str(tmp_path / "hf"), str(tmp_path / "out"), {"samples_per_shard": 2}, jobs=1)
     assert (result["samples_out"], captions(tmp_path / "out")) == (3, TEXTS)
-    with pytest.raises(ConfigError, match="--split.*train"):
+    with pytest.raises(ConfigError, match=r"--split.*train"):
         pack.run(str(tmp_path / "hf"), str(tmp_path / "other"), split="tset")
 
 
