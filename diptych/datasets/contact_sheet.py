@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -64,7 +65,7 @@ def thumbnails(manifest: Manifest, rows: np.ndarray, side: int = SIDE) -> list[T
             try:
                 image = _data_url(decode_image(ranged.read_range(manifest.shard_url(shard), offset, size), need, drawn))
             except (BadImageError, OSError) as error:
-                reason = str(error)
+                reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the file", str(error))  # Pillow names its own buffer
         found.append(Thumbnail(f"{manifest.shard_names[shard]}/{fact['key']}", fact["caption"] or "", image, reason))
     return found
 

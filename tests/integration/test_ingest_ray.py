@@ -124,7 +124,11 @@ def test_the_second_pass_gets_what_came_back(ray_session: Any, server: WebServer
 
 def test_a_shard_that_cannot_be_made_is_a_fault_and_the_rest_goes_on(ray_session: Any, server: WebServer, tmp_path: Path) -> None:
     urls, out = write_list(tmp_path / "urls.csv", server, 150), tmp_path / "out"
-    (out / "00001.tar").mkdir(parents=True)  # a folder stands where the tar must go
+    server.slow_seconds = 0
+    ingest.run(urls, str(out), OPTIONS, jobs=2)
+    for ending in (".tar", ".parquet", "_stats.json"):
+        (out / f"00001{ending}").unlink()
+    (out / "00001.tar").mkdir()  # a folder stands where the tar must go
     result = ingest.run(urls, str(out), OPTIONS, jobs=2, shard_retries=1)
     assert [(fault["shard"], fault["kind"]) for fault in result["faults"]] == [("00001.tar", "failed_shard")]
     assert "tried 2 times" in result["faults"][0]["detail"]
