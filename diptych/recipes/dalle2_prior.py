@@ -141,7 +141,7 @@ def smoke() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """A prior of about a million parameters on the demo's CoCa embeddings (96 dimensions).
+    """A prior of half a million parameters on the demo's CoCa embeddings (96 dimensions).
 
     Source: none; sized for a laptop. Command: diptych demo, or
     diptych train dalle2_prior --recipe demo data.shards=SHARDS data.embeddings=EMBEDDINGS workers=2
@@ -155,7 +155,7 @@ def demo() -> RunConfig:
         optim=OptimConfig(
             lr=1e-3, betas=(0.9, 0.98), weight_decay=6.02e-2, warmup_steps=20, schedule="cosine", clip_norm=0.5, ema_decay=0.99
         ),
-        train=TrainConfig(steps=400, global_batch_size=256),
+        train=TrainConfig(steps=250, global_batch_size=256),
         validation=ValidationConfig(every_steps=100, samples=200, batch_size=200),
     )
 
