@@ -6,58 +6,69 @@ The end token is an id of its own, so that a model learns where to stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from diptych.config import ConfigError
+from diptych.datasets.token_files import clean_open_clip, load_files, load_open_clip
 from diptych.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
 
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"
 """Special tokens of a trained tokenizer, with the ids 0, 1, 2 and 3."""
 
 
 class Tokenizer:
-    """Encodes batches of texts with a `Vocabulary`."""
+    """Encodes batches of texts; `vocabulary` counts its ids and reads them back."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, backend: tokenizers.Tokenizer, vocabulary: Vocabulary, clean: Callable[[str], str] | None = None) -> None:
+        self.backend, self.vocabulary, self._clean = backend, vocabulary, clean
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(token ids int64 [B, length], mask bool [B, length]: True on start, text and end)."""
         vocabulary = self.vocabulary
+        cleaned = [self._clean(text) for text in texts] if self._clean else list(texts)
         ids = np.full((len(texts), length), vocabulary.pad, np.int64)
-        mask = np.zeros((len(texts), length), bool)
-        for row, inner in enumerate(self._inner(texts, length)):
-            filled = len(inner) + 2
-            ids[row, :filled] = [vocabulary.start, *inner, vocabulary.end]
-            mask[row, :filled] = True
-        return ids, mask
-
-    def _inner(self, texts: Sequence[str], length: int) -> Iterable[list[int]]:
-        """Ids of each text without special tokens, at most `length` - 2 of them."""
-        tokenizer = self.vocabulary.tokenizer
-        if self.vocabulary.folder:
-            found = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=length - 2) if texts else {"input_ids": []}
-            return found["input_ids"]
-        return (tokenizer.encode(text)[: length - 2] for text in texts)
+        filled = np.zeros(len(texts), np.int64)
+        for row, encoding in enumerate(self.backend.encode_batch(cleaned, add_special_tokens=False)):
+            inner = encoding.ids[: length - 2]
+            filled[row] = len(inner) + 2
+            ids[row, : filled[row]] = [vocabulary.start, *inner, vocabulary.end]
+        return ids, np.arange(length) < filled[:, None]
 
 
 @lru_cache(maxsize=8)
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `open_clip`, of a hub name or of a folder; loaded once per process.
+    """The tokenizer `open_clip`, of a hub name or of a folder; loaded once per process, without torch where its files allow it.
 
     Raises `ConfigError` where it has no start and end tokens, or is still to be trained.
     """
-    vocabulary = load_vocabulary(name)
-    if vocabulary.tokenizer is None:
+    # Threads inside a read worker only compete with the other workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if name.startswith("train:"):
         raise ConfigError(
             "task.tokenizer", name, "a tokenizer that is trained already", "`diptych train` trains it when the run is prepared."
         )
-    return Tokenizer(vocabulary)
+    if name == "open_clip" and (clip := load_open_clip()) is not None:
+        size = clip.get_vocab_size()
+        return Tokenizer(clip, Vocabulary(size, 0, size - 2, size - 1, tokenizer=clip), clean_open_clip)
+    found = load_files(name)
+    if found is not None:
+        backend, special = found
+        start, end = special.get("bos_token", special.get("cls_token")), special.get("eos_token", special.get("sep_token"))
+        if start is not None and end is not None:
+            pad = special.get("pad_token", end)
+            return Tokenizer(backend, Vocabulary(backend.get_vocab_size(), pad, start, end, name, backend))
+    # An older layout, which transformers has to convert; or nothing, which it says best.
+    vocabulary = load_vocabulary(name)
+    return Tokenizer(vocabulary.tokenizer.backend_tokenizer, vocabulary)
 
 
 def train_tokenizer(
