@@ -147,10 +147,10 @@ def _pair_sheet(manifest: Manifest, pairs: dedup.Pairs, kept_for: np.ndarray, ti
     figures = contact_sheet.thumbnails(manifest, np.concatenate(ends)) if len(shown) else []
     html = []
     for index, place in enumerate(shown.tolist()):
-        sides = []
-        for side, thumbnail in enumerate((figures[index], figures[index + len(shown)])):
-            row = int(ends[side][index])
-            sides.append(thumbnail.html("kept" if kept_for[row] == row else "dropped"))
-        html.append(contact_sheet.pair(*sides, f"cosine {pairs.similarity[place]:.4f}"))
+        left, right = (
+            figures[index + side * len(shown)].html("kept" if kept_for[rows[index]] == rows[index] else "dropped")
+            for side, rows in enumerate(ends)
+        )
+        html.append(contact_sheet.pair(left, right, f"cosine {pairs.similarity[place]:.4f}"))
     intro = f"<p>{len(pairs.a):,} near-duplicate pairs; {len(shown)} of them from the least to the most similar.</p>"
     return contact_sheet.page(title, [("", intro + "".join(html))])

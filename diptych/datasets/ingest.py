@@ -122,8 +122,9 @@ def shard_path(out: str, shard: int, ending: str) -> str:
 def read_outcome(out: str, shard: int) -> ShardOutcome:
     """What `_stats.json` of a finished shard says. Raises `FileNotFoundError`."""
     stats = json.loads(storage.read_bytes(shard_path(out, shard, ENDINGS[-1])))
-    names = ("count", "successes", "failed_to_download", "failed_to_resize")
-    return ShardOutcome(shard, *(int(stats[name]) for name in names), status=stats["status_dict"])
+    return ShardOutcome(
+        shard, stats["count"], stats["successes"], stats["failed_to_download"], stats["failed_to_resize"], stats["status_dict"]
+    )
 
 
 def run_shard(job: ShardJob) -> ShardOutcome:

@@ -106,19 +106,20 @@ class _Host:
 
     def __init__(self, root: str, delay_seconds: float, timeout_seconds: float) -> None:
         self.asked = 0.0
-        self.robots = urllib.robotparser.RobotFileParser(f"{root}/robots.txt")
+        self._robots: urllib.robotparser.RobotFileParser | None = urllib.robotparser.RobotFileParser(f"{root}/robots.txt")
+        self._default = True
         try:
-            self.robots.parse(_get(f"{root}/robots.txt", timeout_seconds)[0].splitlines())
-        except urllib.error.HTTPError as error:
-            # A host that refuses even its rules is left alone; one that has none permits (RFC 9309, 2.3.1).
-            if error.code in (401, 403) or error.code >= 500:
-                self.robots.disallow_all = True
-            else:
-                self.robots.allow_all = True
-        except (OSError, ValueError):
-            self.robots.disallow_all = True
-        wanted = self.robots.crawl_delay(USER_AGENT) if self.robots.mtime() else None
+            self._robots.parse(_get(f"{root}/robots.txt", timeout_seconds)[0].splitlines())
+        except (OSError, ValueError) as error:
+            # A host that refuses or fails to show its rules is left alone; one that has none permits (RFC 9309, 2.3.1).
+            status = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            self._robots, self._default = None, 400 <= status < 500 and status not in (401, 403, 429)
+        wanted = self._robots.crawl_delay(USER_AGENT) if self._robots else None
         self.delay_seconds = max(delay_seconds, float(wanted or 0))
+
+    def permits(self, page: str) -> bool:
+        """Whether the host's rules let us read the page."""
+        return self._robots.can_fetch(USER_AGENT, page) if self._robots else self._default
 
     def wait(self) -> None:
         time.sleep(max(0.0, self.asked + self.delay_seconds - time.monotonic()))
@@ -142,7 +143,7 @@ def read_pages(
         if root not in hosts:
             hosts[root] = _Host(root, delay_seconds, timeout_seconds)
         host = hosts[root]
-        if not host.robots.can_fetch(USER_AGENT, page):
+        if not host.permits(page):
             yield Fault("", page, "forbidden_page", f"{root}/robots.txt forbids it, or could not be read")
             continue
         host.wait()
