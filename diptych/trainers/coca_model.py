@@ -55,7 +55,9 @@ def _build(config: CocaConfig, source: str, model_config: dict[str, Any]) -> Bui
     else:
         tag = config.pretrained if source == config.model and config.pretrained else None
         try:
-            model = open_clip.create_model(source, pretrained=tag, force_image_size=config.image_size)
+            # Without `require_pretrained` a folder or repository that holds no weights gives random ones and a line in the log.
+            required = bool(config.pretrained)
+            model = open_clip.create_model(source, pretrained=tag, force_image_size=config.image_size, require_pretrained=required)
         except (RuntimeError, ValueError, FileNotFoundError, OSError) as error:
             raise ConfigError("task.pretrained", config.pretrained, f"weights for {source}", str(error)) from error
         mean, std = model.visual.preprocess_cfg["mean"], model.visual.preprocess_cfg["std"]

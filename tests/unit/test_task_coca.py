@@ -260,6 +260,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, tokenizer):
     assert caught.value.key == "task.pretrained"
 
 
+def test_a_folder_without_weights_is_refused(tmp_path, tokenizer):
+    make(f"task.tokenizer={tokenizer}").export(tmp_path / "export")
+    (tmp_path / "export" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ConfigError) as caught:
+        CocaTask(CocaConfig(pretrained=str(tmp_path / "export"), tokenizer=tokenizer, image_size=16, context_length=16), 0)
+    assert caught.value.key == "task.pretrained"
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer):
     make(f"task.tokenizer={tokenizer}").export(tmp_path / "export")
     with pytest.raises(ConfigError, match="ids") as caught:
