@@ -101,7 +101,7 @@ def held_out(trained: Trained, shards: str = "", embeddings: str = "", samples: 
         count = samples or sys.maxsize
     config = set_path(config, "validation.samples", count)
     config = set_path(config, "data.fault_budget", max(config.data.fault_budget, count))
-    prepared = prepare(config, trained.run_dir / "evaluation")
+    prepared = prepare(config, _folder(trained.run_dir, shards))
     spec = prepared.validation
     if shards:
         spec = StreamSpec.of(prepared.train.source, prepared.train.selection, prepared.config, finite=True)
@@ -110,6 +110,12 @@ def held_out(trained: Trained, shards: str = "", embeddings: str = "", samples: 
             "RUN", str(trained.run_dir), "a run with held-out samples (data.validation_share above 0)", "Name others with --shards."
         )
     return HeldOut(spec, trained, {})
+
+
+def _folder(run_dir: Path, shards: str) -> Path:
+    """Where an evaluation is written: other shards do not replace the figures of the held-out samples."""
+    name = Path(shards.rstrip("/")).name
+    return run_dir / "evaluation" / f"on-{name}" if shards else run_dir / "evaluation"
 
 
 def _evaluate(
@@ -129,7 +135,7 @@ def _evaluate(
         "samples": batches.spec.selection.samples,
         "shards": shards or trained.config.data.shards,
     }
-    folder = run_dir / "evaluation"
+    folder = _folder(run_dir, shards)
     _write(folder, about, metrics, evaluation, batches)
     if track:
         _track(run_dir, folder, metrics, about["step"])
@@ -178,7 +184,7 @@ def _write(folder: Path, about: dict[str, Any], metrics: dict[str, float], evalu
         with (folder / f"table_{number:02d}.csv").open("w", newline="") as stream:
             csv.writer(stream).writerows([table["columns"], *table["rows"]])
     (folder / "evaluation.html").write_text(render_tables(f"Evaluation of {about['run']}", about, tables))
-    first = {key: value[:_SHOWN] for key, value in next(iter(batches)).items()}
+    first = _first(batches)
     with torch.no_grad():
         write_samples(folder, about["step"], batches.trained.task, first)
     need = batches.spec.needs.image
@@ -189,8 +195,21 @@ def _write(folder: Path, about: dict[str, Any], metrics: dict[str, float], evalu
         write_grid(folder / f"step_{about['step']:08d}.jpg", found.arrays["image"])
 
 
+def _first(batches: HeldOut) -> Batch:
+    """The first samples, as many as are shown, padding left out."""
+    import torch
+
+    taken: list[Batch] = []
+    for batch in batches:
+        rows = batch["weight"] > 0
+        taken.append({key: value[rows] for key, value in batch.items()})
+        if sum(len(part["weight"]) for part in taken) >= _SHOWN:
+            break
+    return {key: torch.cat([part[key] for part in taken])[:_SHOWN] for key in taken[0]}
+
+
 def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int) -> None:
-    """Add the figures as `eval/…` and the files to the run in MLflow; a server that is away costs a note, not the evaluation."""
+    """Add the figures as `eval/…` (or `eval/on-…/…`) and the files to the run in MLflow; a server that is away costs a note."""
     from diptych.pipelines.runs_folder import read_driver
 
     driver = read_driver(run_dir)
@@ -201,11 +220,12 @@ def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int) ->
     from diptych.pipelines.tracking import client
 
     now = int(time.time() * 1000)
+    prefix = "/".join(["eval", *folder.relative_to(run_dir / "evaluation").parts])
     try:
         store = client(driver["uri"])
-        store.log_batch(driver["run_id"], metrics=[Metric(f"eval/{name}", float(value), now, step) for name, value in metrics.items()])
+        store.log_batch(driver["run_id"], metrics=[Metric(f"{prefix}/{name}", float(value), now, step) for name, value in metrics.items()])
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            store.log_artifact(driver["run_id"], str(path), "evaluation")
+            store.log_artifact(driver["run_id"], str(path), str(folder.relative_to(run_dir)))
     except Exception as error:
         note(f"not copied to MLflow ({error}); the evaluation stands in {folder}")
 
