@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +93,13 @@ def complete(
         yield from texts.iter_rows()
 
 
-def write_texts(rows: Iterable[dict[str, Any]], out: str, total: int) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write rows to `out` (.txt, .csv or .jsonl) as they come, or keep them if it is empty: (texts, kept, faulty rows)."""
+def write_texts(
+    rows: Iterable[dict[str, Any]], out: str, total: int, columns: Sequence[str] = COLUMNS, names: Mapping[str, str] | None = None
+) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write rows to `out` (.txt, .csv or .jsonl) as they come, or keep them if it is empty: (texts, kept, faulty rows).
+
+    `columns` are written, under other `names` where given.
+    """
     import csv
 
     kept: list[dict[str, Any]] = []
@@ -104,7 +109,7 @@ def write_texts(rows: Iterable[dict[str, Any]], out: str, total: int) -> tuple[i
         path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.part").open("w", encoding="utf-8", newline="") if path is not None else None
     table = csv.writer(file) if file is not None else None
-    count = 0
+    count, renamed = 0, names or {}
     with progress("generating", total) as advance:
         for row in rows:
             if row["sample"] == 0:
@@ -113,7 +118,7 @@ def write_texts(rows: Iterable[dict[str, Any]], out: str, total: int) -> tuple[i
                 faulty.append(row)
                 continue
             count += 1
-            line = {column: row[column] for column in COLUMNS}
+            line = {renamed.get(column, column): row[column] for column in columns}
             if file is None or path is None:
                 kept.append(line)
             elif path.suffix == ".txt":
@@ -122,7 +127,7 @@ def write_texts(rows: Iterable[dict[str, Any]], out: str, total: int) -> tuple[i
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             elif table is not None:
                 if count == 1:
-                    table.writerow(COLUMNS)
+                    table.writerow(line)
                 table.writerow(line.values())
     if file is not None and path is not None:
         file.close()
