@@ -192,8 +192,28 @@ def _predict_start(prior: DiffusionPrior, x: Tensor, t: Tensor, text_embedding: 
 
 
 def export_prior(prior: DiffusionPrior, section: dict[str, Any], folder: Path) -> None:
-    """Write `prior.pth` and `prior_config.json`, which the peer's classes load with `torch.load(weights_only=True)`."""
+    """Write `prior.pth` and `prior_config.json`: the peer's model classes load them, and its `DiffusionPriorTrainer` starts from them."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone() for key, value in prior.state_dict().items()}
-    torch.save({"model": state, "ema_model": state}, folder / WEIGHTS)
+    torch.save({"model": state, "ema_model": state} | _trainer_state(prior, state), folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"prior": section}, indent=2))
+
+
+def _trainer_state(prior: DiffusionPrior, state: dict[str, Tensor]) -> dict[str, Any]:
+    """What `DiffusionPriorTrainer.load` asks for beside the weights, as of step 0, in types that `weights_only` loading accepts.
+
+    Its own checkpoints hold a version object and so fail there; weights alone cannot start a fine-tune with it.
+    """
+    from dalle2_pytorch.optimizer import get_optimizer
+    from dalle2_pytorch.version import __version__
+
+    optimizer = get_optimizer(prior.parameters(), lr=1.1e-4, wd=6.02e-2, eps=1e-6, group_wd_params=True)
+    averaged = {f"{owner}.{key}": value for owner in ("online_model", "ema_model") for key, value in state.items()}
+    return {
+        "version": __version__,
+        "step": torch.tensor([0]),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict(),
+        "warmup_scheduler": None,
+        "ema": {"initted": torch.tensor([True]), "step": torch.tensor([0])} | averaged,
+    }

@@ -174,6 +174,23 @@ def test_an_export_loads_in_dalle2_pytorch_with_the_same_output(tmp_path, varian
     assert torch.equal(scope["prior"].net.learned_query, task.prior.net.learned_query)
 
 
+def test_the_peers_trainer_starts_from_an_export(tmp_path):
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer
+
+    task = make()
+    task.export(tmp_path)
+    torch.manual_seed(1)
+    prior = DiffusionPriorConfig(**json.loads((tmp_path / "prior_config.json").read_text())["prior"]).create()
+    trainer = DiffusionPriorTrainer(prior, use_ema=True, lr=1e-3)
+    trainer.load(str(tmp_path / "prior.pth"))
+    for one in (trainer.diffusion_prior, trainer.ema_diffusion_prior.ema_model):
+        assert torch.equal(one.net.learned_query.cpu(), task.prior.net.learned_query)
+    batch = task.example_batch(4)
+    trainer(text_embed=batch["text_embedding"], image_embed=batch["image_embedding"].clone())
+    trainer.update()
+    assert not torch.equal(trainer.diffusion_prior.net.learned_query.cpu(), task.prior.net.learned_query)
+
+
 def test_an_export_is_a_start_for_the_next_run_whatever_the_run_says_of_sizes(tmp_path):
     task = make("task.depth=2", "task.num_text_embeds=2", "task.predict_v=true")
     task.export(tmp_path / "export")
