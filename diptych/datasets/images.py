@@ -22,6 +22,10 @@ from diptych.datasets.jpeg import read_header
 
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused as decompression bombs before they are decoded; Pillow's own limit."""
+MAX_BYTES = 1 << 28
+"""Encoded pictures that are longer are refused before they are read."""
+# Pillow would also open what runs other programs (EPS) or fetches (plug-ins); a data set of pictures needs none of that.
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DRAWS = 4
 """Random numbers per sample: flip, area, horizontal and vertical position."""
 _TRANSPOSE = {
@@ -131,8 +135,7 @@ def _decode_jpeg(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
 
 def _decode_other(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decoder) -> np.ndarray:
     _check_container(data)
-    _register_heif(data)
-    picture: Image.Image = Image.open(io.BytesIO(data))
+    picture: Image.Image = Image.open(io.BytesIO(data), formats=_heif_formats() if data[4:8] == b"ftyp" else _FORMATS)
     _check_pixels(*picture.size)
     orientation = picture.getexif().get(0x0112, 1)
     picture = _upright(to_rgb(picture), orientation)
@@ -233,11 +236,15 @@ def _check_container(data: bytes) -> None:
             raise BadImageError(f"truncated WebP: {len(data)} of {expected} bytes")
 
 
-def _register_heif(data: bytes) -> None:
-    if data[4:8] == b"ftyp" and importlib.util.find_spec("pillow_heif"):
+@functools.cache
+def _heif_formats() -> tuple[str, ...]:
+    """Formats in ISO containers, as far as they are installed."""
+    if importlib.util.find_spec("pillow_heif"):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(name for name in ("HEIF", "AVIF") if name in Image.OPEN)
 
 
 @functools.cache

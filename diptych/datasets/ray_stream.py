@@ -7,12 +7,13 @@ workers are Ray's to replace; an error inside a read is raised here as itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -105,8 +106,8 @@ class _Segment:
     """Consecutive blocks in one execution of Ray Data, begun at once in a thread of its own."""
 
     def __init__(self, plan: Plan, first: int, stop: int, cpus: float) -> None:
-        self.stop = stop
-        self._plan, self._first, self._cpus = plan, first, cpus
+        self.first, self.stop = first, stop
+        self._plan, self._cpus = plan, cpus
         self._blocks: list[Block] = []
         self._tables: Iterator[pa.Table] = iter(())
         self._head: pa.Table | None = None
@@ -116,7 +117,7 @@ class _Segment:
 
     def _begin(self) -> None:
         try:
-            source = SlotsDatasource(self._plan, self._first, self.stop)
+            source = SlotsDatasource(self._plan, self.first, self.stop)
             self._blocks = source.blocks
             dataset = _dataset(source, self._cpus, self._plan)
             self._tables = iter(
@@ -183,21 +184,28 @@ class RayStream:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        plan = self.plan
-        assembler = Assembler(plan)
-        overlap = 2 * math.ceil(self.cpus) + plan.spec.prefetch_blocks
-        open_segments: list[_Segment] = []
+        assembler = Assembler(self.plan)
+        with contextlib.closing(self._blocks()) as blocks:
+            for block, samples in blocks:
+                yield from assembler.add(block, samples)
+
+    def _blocks(self) -> Generator[tuple[Block, Samples], None, None]:
+        """Every block, from one segment after the other; the next one begins while this one's last blocks are still read."""
+        overlap = 2 * math.ceil(self.cpus) + self.plan.spec.prefetch_blocks
+        segments: list[_Segment] = []
+
+        def begin(first: int) -> None:
+            if first < self.plan.blocks:
+                segments.append(_Segment(self.plan, first, min(first + SEGMENT_BLOCKS, self.plan.blocks), self.cpus))
+
+        begin(0)
         try:
-            for number in range(plan.blocks):
-                if not open_segments or (len(open_segments) == 1 and open_segments[0].stop - number <= overlap):
-                    first = open_segments[-1].stop if open_segments else number
-                    if first < plan.blocks:
-                        open_segments.append(_Segment(plan, first, min(first + SEGMENT_BLOCKS, plan.blocks), self.cpus))
-                if number == 0 or number == open_segments[0].stop:
-                    if number:
-                        open_segments.pop(0).close()
-                    blocks = open_segments[0].read()
-                yield from assembler.add(*next(blocks))
+            while segments:
+                for number, item in enumerate(segments[0].read(), segments[0].first):
+                    if len(segments) == 1 and segments[0].stop - number <= overlap:
+                        begin(segments[0].stop)
+                    yield item
+                segments.pop(0).close()
         finally:
-            for segment in open_segments:
+            for segment in segments:
                 segment.close()

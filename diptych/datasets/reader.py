@@ -174,6 +174,8 @@ def _read_images(source: SampleSource, manifest: Manifest, need: ImageNeed, seed
         found.add(index, "missing_member", "no image: none of its members is one")
     for index in np.flatnonzero(sizes == 0).tolist():
         found.add(index, "empty_member", "its image has no bytes")
+    for index in np.flatnonzero(sizes > images.MAX_BYTES).tolist():
+        found.add(index, "oversized_member", f"its image has {sizes[index]} bytes, at most {images.MAX_BYTES} are read")
     good = np.array([index for index in range(len(sizes)) if index not in found.by_index], np.int64)
     drawn = images.image_draws(seed, found.slots)
     # By place in the shards, so that neighbours are read together; the arrays keep the order of the slots.

@@ -130,6 +130,20 @@ def test_every_mode_becomes_rgb(decoder: str) -> None:
         assert decode_image(encode(Image.fromarray(smooth(70, 64)), kind), ImageNeed(32), STILL, decoder).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_pictures_of_phones_are_read_where_their_decoder_is_installed(decoder: str) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    data = encode(Image.fromarray(smooth(64, 64)), "HEIF", quality=95)
+    assert np.abs(decode_image(data, ImageNeed(64), STILL, decoder).astype(int) - smooth(64, 64)).mean() < 4
+
+
+def test_formats_that_run_other_programs_are_refused() -> None:
+    data = encode(Image.new("RGB", (8, 8)), "EPS")
+    with pytest.raises(BadImageError):
+        decode_image(data, ImageNeed(8), STILL)
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}])
 def test_a_jpeg_cut_anywhere_is_refused_by_both_decoders(options: dict) -> None:
     data = noisy_jpeg(**options)

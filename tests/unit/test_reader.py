@@ -150,6 +150,13 @@ def test_pictures_much_larger_than_their_target_are_read_in_parts(source: Sample
     assert whole.bytes_read == in_parts.bytes_read
 
 
+def test_a_picture_of_absurd_length_is_not_read(source: SampleSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader.images, "MAX_BYTES", 100)
+    read = read_rows(source, np.array([0]), np.array([0]), Needs(image=ImageNeed(16)), seed=0)
+    assert [fault.kind for _, fault in read.faults] == ["oversized_member"]
+    assert read.bytes_read == 0
+
+
 def test_what_the_source_lacks_is_a_wrong_call(source: SampleSource, manifest: Manifest) -> None:
     rows = np.array([0])
     with pytest.raises(ConfigError, match="dimension 6"):
