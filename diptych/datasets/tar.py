@@ -23,6 +23,7 @@ BLOCK = 512
 ZERO = bytes(BLOCK)
 EXTENSION_LIMIT = 1 << 20
 """Bytes of the largest extended header that is believed; names are shorter, and a larger one is damage or an attack."""
+LONG_NAME = "GNU.longname"
 LOCAL_WINDOW, REMOTE_WINDOW = 1 << 18, 1 << 23
 """Bytes per read of a walk: small enough to skip large members locally, large enough to hide a server's latency."""
 
@@ -233,9 +234,14 @@ class _Walk:
         elif header.type in "xX":
             self.pending |= parse_records(content)
         elif header.type == "L":
-            self.pending["path"] = content.partition(b"\0")[0]
+            self.pending["path"] = self.pending[LONG_NAME] = content.partition(b"\0")[0]
+            if len(self.pending["path"]) not in (len(content), len(content) - 1):
+                raise HeaderError("a long name cut by a NUL byte")
 
     def _name_and_size(self, header: Header) -> tuple[str, int]:
+        # Nothing but this repetition guards a GNU long name.
+        if not self.pending.get(LONG_NAME, header.name).startswith(header.name[:99]):
+            raise HeaderError("a long name that is not that of its header")
         raw = self.pending.get("path") or self.everywhere.get("path") or header.name
         length = self.pending.get("size") or self.everywhere.get("size")
         if length is None:

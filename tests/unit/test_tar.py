@@ -223,6 +223,12 @@ def test_a_damaged_long_name_never_becomes_another_name(layout, tmp_path):
         assert names_of(entries) == ["a.jpg", "c.jpg"]
         assert kinds_of(faults) == [kind]
         assert "left out" in faults[0].detail
+    if layout == "gnu":
+        for place, value in ((40, 0), (3, 65)):
+            damaged = bytearray(whole)
+            damaged[start + BLOCK + place] = value
+            entries, faults = found(bytes(damaged), tmp_path)
+            assert (names_of(entries), kinds_of(faults)) == (["a.jpg", "c.jpg"], ["bad_header"])
     if layout == "pax":  # no checksum covers the records themselves
         damaged = bytearray(whole)
         damaged[damaged.index(b" path=") + 1] ^= 0x02
@@ -315,3 +321,28 @@ def test_a_small_window_finds_the_same(tmp_path, monkeypatch):
     expected = list(walk(Source(str(path)), "a.tar"))
     monkeypatch.setattr("diptych.datasets.tar.LOCAL_WINDOW", 700)
     assert list(walk(Source(str(path)), "a.tar")) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    layout=st.sampled_from(sorted(FORMATS)),
+    damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=8),
+)
+def test_no_damage_stops_the_walk_or_loses_a_member_silently(layout, damage):
+    """Whatever stands there: the walk ends, raises nothing, names only bytes of the file, and reports a lost member.
+
+    Names are not compared: a header's checksum is a plain sum, and two changed bytes may cancel out.
+    """
+    whole = make_tar(SAMPLES[:7], FORMATS[layout])
+    damaged = bytearray(whole)
+    for share, content in damage:
+        place = int(share * len(whole))
+        damaged[place : place + len(content)] = content
+    damaged = damaged[: len(whole)]
+    items = list(walk(InMemory(damaged)))
+    entries, faults = [item for item in items if isinstance(item, Entry)], [item for item in items if isinstance(item, Fault)]
+    assert all(0 <= entry.header < entry.offset <= entry.offset + entry.size <= len(damaged) for entry in entries)
+    assert [entry.offset for entry in entries] == sorted({entry.offset for entry in entries})
+    if len(entries) < 7:
+        assert faults
+    assert all((fault.key + fault.detail).encode() for fault in faults)
