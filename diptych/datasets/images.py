@@ -134,12 +134,21 @@ def _decode_jpeg(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
 
 
 def _decode_other(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decoder) -> np.ndarray:
-    _check_container(data)
-    picture: Image.Image = Image.open(io.BytesIO(data), formats=_heif_formats() if data[4:8] == b"ftyp" else _FORMATS)
-    _check_pixels(*picture.size)
+    picture = open_picture(data)
     orientation = picture.getexif().get(0x0112, 1)
     picture = _upright(to_rgb(picture), orientation)
     return _fit(picture, picture.size, crop_box(*picture.size, need, drawn), need, decoder)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of a usual format, opened and not yet decoded. Raises `BadImageError` for a cut container or a bomb, or
+    what Pillow raises for bytes of no such format.
+    """
+    _check_container(data)
+    formats = ("JPEG", "MPO") if data[:2] == b"\xff\xd8" else _heif_formats() if data[4:8] == b"ftyp" else _FORMATS
+    picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+    _check_pixels(*picture.size)
+    return picture
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,11 +1,12 @@
 """Any picture file → the bytes that a shard stores: upright, sRGB, opaque, resized with its aspect kept.
 
-JPEG, PNG, WebP, HEIC/AVIF, TIFF, GIF (first frame) and BMP; RGBA and palettes are laid on white, CMYK, 16-bit and greyscale
+JPEG, PNG, WebP, HEIC/AVIF, TIFF, GIF (first frame), BMP and PPM; transparency is laid on white, CMYK, 16-bit and greyscale
 become 8-bit RGB, EXIF orientation is applied and a colour profile converted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
@@ -13,15 +14,11 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageCms, ImageOps
 
+from diptych.datasets.images import BadImageError, open_picture, to_rgb
+
 Resize = Literal["none", "border", "center_crop", "longest"]
 RESIZES: tuple[Resize, ...] = ("none", "border", "center_crop", "longest")
-MAX_PIXELS = 178_956_970
-"""Larger pictures are refused as decompression bombs before they are decoded; Pillow's own limit."""
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-
-
-class BadImageError(ValueError):
-    """The bytes are no picture that can be stored; the message says what was found."""
 
 
 class Packed(NamedTuple):
@@ -41,23 +38,18 @@ def pack_image(data: bytes, resize: Resize, size: int, image_format: str = "jpg"
     """
     if not data:
         raise BadImageError("empty file")
-    _register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings (bombs below its limit, odd EXIF) are no faults
             return _pack(data, resize, size, image_format, quality)
     except BadImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"decompression bomb: {error}") from None
     except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError, … on damaged bytes.
         raise BadImageError(f"undecodable image ({type(error).__name__}: {error})") from None
 
 
 def _pack(data: bytes, resize: Resize, size: int, image_format: str, quality: int) -> Packed:
-    picture = Image.open(io.BytesIO(data))
-    if picture.width * picture.height > MAX_PIXELS:
-        raise BadImageError(f"decompression bomb: {picture.width} × {picture.height} pixels")
+    picture = open_picture(data)
     source_format, mode, profile = picture.format, picture.mode, picture.info.get("icc_profile")
     turned = picture.getexif().get(0x0112, 1) != 1
     original = (picture.height, picture.width) if turned and picture.getexif().get(0x0112, 1) >= 5 else (picture.width, picture.height)
@@ -76,21 +68,12 @@ def _pack(data: bytes, resize: Resize, size: int, image_format: str, quality: in
 
 
 def _to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        # Pillow clips 16-bit greys at 255 instead of scaling them.
-        picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        layered = picture.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
     if profile and picture.mode in ("RGB", "CMYK"):
-        try:
-            converted = ImageCms.profileToProfile(picture, io.BytesIO(profile), _srgb(), outputMode="RGB")
-            picture = converted or picture
-        except (ImageCms.PyCMSError, OSError):
-            pass  # A broken profile says nothing about the pixels: take them as they are.
+        # A broken profile says nothing about the pixels: they are taken as they are.
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+            picture = ImageCms.profileToProfile(picture, io.BytesIO(profile), _srgb(), outputMode="RGB") or picture
     picture.info.pop("icc_profile", None)
-    return picture.convert("RGB")
+    return to_rgb(picture)
 
 
 def _target(original: tuple[int, int], resize: Resize, size: int) -> tuple[int, int]:
@@ -125,12 +108,3 @@ def _draft_size(original: tuple[int, int], resize: Resize, size: int) -> tuple[i
 @functools.cache
 def _srgb() -> ImageCms.core.CmsProfile:
     return ImageCms.createProfile("sRGB")
-
-
-@functools.cache
-def _register_heif() -> None:
-    try:
-        import pillow_heif
-    except ImportError:
-        return  # HEIC files are then listed as undecodable
-    pillow_heif.register_heif_opener()

@@ -19,6 +19,7 @@ import numpy as np
 from diptych.batches import Fault
 from diptych.datasets import storage
 from diptych.datasets.embed_layout import Layout
+from diptych.datasets.images import open_picture
 from diptych.datasets.keep import Selection
 from diptych.datasets.manifest import Manifest
 from diptych.datasets.survey import IMAGE_EXTENSIONS
@@ -133,9 +134,9 @@ class EmbedWorker:
                     bad.setdefault(index, ("missing_member", "no image") if data is None else ("empty_member", "its image has no bytes"))
                 elif index not in bad:
                     try:
-                        pixels[index] = self.embedder.pixels(data)
-                    except ValueError as error:
-                        bad[index] = ("undecodable_image", str(error))
+                        pixels[index] = self.embedder.pixels(open_picture(data))
+                    except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
+                        bad[index] = ("undecodable_image", f"{type(error).__name__}: {error}")
         good = [index for index in range(len(rows)) if index not in bad]
         stacked = np.stack([pixels[index] for index in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
         return Batch(

@@ -6,7 +6,6 @@ does at inference. Shape legend: B rows, S pixels of the square input, D dimensi
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,16 +106,11 @@ class Embedder:
         """What it embeds: `image`, `text`."""
         return ("image", "text") if self.parts.fit is not None else ("text",)
 
-    def pixels(self, data: bytes) -> np.ndarray:
-        """Encoded picture → uint8 `[S, S, 3]`, resized and cropped as the model's library does. Raises `ValueError` on bad bytes."""
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """A picture → uint8 `[S, S, 3]`, resized and cropped as the model's library does. Raises what decoding it raises."""
         assert self.parts.fit is not None
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-                fitted = self.parts.fit(picture if picture.mode in ("RGB", "L") else picture.convert("RGB"))
-        except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
-            raise ValueError(f"{type(error).__name__}: {error}") from None
-        return np.array(fitted.convert("RGB"))
+        picture.load()
+        return np.array(self.parts.fit(picture if picture.mode in ("RGB", "L") else picture.convert("RGB")).convert("RGB"))
 
     def warm_up(self, modalities: Sequence[str]) -> dict[str, int]:
         """Dimension of each modality, from one blank sample. Raises `ConfigError` if the model lacks one."""
@@ -125,9 +119,7 @@ class Embedder:
                 raise ConfigError("--modality", name, ", ".join(self.modalities), "A sentence model embeds texts alone: --modality text.")
         found = {"text": self.texts(["a"])} if "text" in modalities else {}
         if "image" in modalities:
-            blank = io.BytesIO()
-            Image.new("RGB", (64, 64)).save(blank, "PNG")
-            found["image"] = self.images(self.pixels(blank.getvalue())[None])
+            found["image"] = self.images(self.pixels(Image.new("RGB", (64, 64)))[None])
         return {name: vectors.shape[1] for name, vectors in found.items()}
 
     @torch.inference_mode()

@@ -326,7 +326,7 @@ def test_a_picture_that_needs_no_change_keeps_its_bytes() -> None:
 
 def test_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(size=(400, 400), image_format="PNG")
-    monkeypatch.setattr("diptych.datasets.pack_images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("diptych.datasets.images.MAX_PIXELS", 1000)
     with pytest.raises(BadImageError, match="400 × 400"):
         pack_image(data, "none", 0)
 
