@@ -6,10 +6,12 @@ The format is NumPy's own (numpy.lib.format, versions 1 and 2): a short header, 
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,22 +48,45 @@ def open_npy(url: str) -> NpyFile:
     Raises `ValueError` for anything else: pickled objects, other shapes or types, Fortran order, a file that was cut.
     """
     size = storage.size(url)
-    stream = io.BytesIO(ranged.read_range(url, 0, min(size, _HEADER_BYTES)))
+    try:
+        found = check_header(ranged.read_range(url, 0, min(size, _HEADER_BYTES)), size)
+    except ValueError as error:
+        raise ValueError(f"{url} {error}") from None
+    if len(found.shape) != 2 or found.fortran or found.dtype.kind != "f" or found.dtype.itemsize > 8:
+        order = "Fortran order" if found.fortran else "C order"
+        raise ValueError(f"{url} holds {found.dtype} {list(found.shape)} in {order}; expected float [rows, dim] in C order")
+    return NpyFile(url, found.shape[0], found.shape[1], found.dtype, found.offset)
+
+
+class Header(NamedTuple):
+    """What the start of a `.npy` file says."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    offset: int
+    """Bytes before the data."""
+
+
+def check_header(data: bytes, size: int | None = None) -> Header:
+    """Read the header in `data`, the start of a file of `size` bytes (all of it if None).
+
+    Raises `ValueError`, whose message goes on from the file's name, for what is none, pickled objects, and a file that was cut.
+    """
+    stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except Exception as error:
-        raise ValueError(f"{url} is not a .npy file: {error}") from None
+        raise ValueError(f"is not a .npy file: {error}") from None
     if dtype.hasobject:
-        raise ValueError(f"{url} holds pickled Python objects, which are never loaded; save it as an array of floats")
-    if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.itemsize > 8:
-        order = "Fortran order" if fortran else "C order"
-        raise ValueError(f"{url} holds {dtype} {list(shape)} in {order}; expected float [rows, dim] in C order")
-    found = NpyFile(url, int(shape[0]), int(shape[1]), dtype, stream.tell())
-    if size < found.offset + found.rows * found.row_bytes:
-        raise ValueError(f"{url} was cut: {size} bytes, its header promises {found.offset + found.rows * found.row_bytes}")
-    return found
+        raise ValueError("holds pickled Python objects, which are never loaded; save it as an array of floats")
+    size = len(data) if size is None else size
+    expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    if size < expected:
+        raise ValueError(f"was cut: {size} bytes, its header promises {expected}")
+    return Header(tuple(int(side) for side in shape), bool(fortran), dtype, stream.tell())
 
 
 def header_bytes(dtype: np.dtype, rows: int, dim: int) -> bytes:

@@ -36,6 +36,37 @@ def run(
     }
 
 
+def deep(shards: str, manifest: str, jobs: int, repair: bool, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Read and decode every member; with `repair`, write clean copies of shards with faults to `repaired/` beside them.
+
+    Keys: `verified` (samples), `faults` (those that only decoding shows), and with `repair`: `repaired`, a list of `url, samples, lost`.
+    """
+    import concurrent.futures
+    import multiprocessing
+    import os
+
+    from diptych.datasets.manifest import open_manifest
+    from diptych.datasets.verify import repair_shard, verify_shard
+
+    data = open_manifest(shards, manifest, jobs or None)
+    numbers = range(len(data.shard_names))
+    faults: list[dict[str, Any]] = []
+    with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for done, found in enumerate(pool.map(verify_shard, [data] * len(numbers), numbers), 1):
+            faults += [{name: value for name, value in asdict(fault).items() if name != "slot"} for fault in found]
+            if progress:
+                progress(done, len(numbers))
+    result: dict[str, Any] = {"verified": data.samples, "faults": faults}
+    if repair:
+        broken = {fault.shard for fault in data.faults if fault.shard} | {fault["shard"] for fault in faults}
+        names = {name: number for number, name in enumerate(data.shard_names)}
+        result["repaired"] = [
+            asdict(repair_shard(data, names[name], {fault["key"] for fault in faults if fault["shard"] == name}))
+            for name in sorted(broken & names.keys())
+        ]
+    return result
+
+
 def report(result: dict[str, Any]) -> None:
     """Print the result for people: the counts, faults by kind, then the first faults one by one."""
     note(f"{result['samples']:,} samples in {result['shards']:,} shards, {result['failed_downloads']:,} failed downloads")
@@ -53,6 +84,10 @@ def command(
     *,
     manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
     rebuild: Annotated[bool, typer.Option("--rebuild", help="walk unchanged shards again")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and decode every member, too")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="write clean copies of broken tars to repaired/ beside them; implies --verify")
+    ] = False,
     jobs: Annotated[int, typer.Option(help="walks at a time; 0 = one per core")] = 0,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
@@ -70,7 +105,15 @@ def command(
             walked = done
 
         result = run(shards, manifest, jobs, rebuild, on_progress)
+        if verify or repair:
+            advance, walked = None, 0
+            found = deep(shards, manifest, jobs, repair, on_progress)
+            result |= found | {"faults": result["faults"] + found["faults"]}
     report(result)
+    if "verified" in result:
+        note(f"read and decoded all members of {result['verified']:,} samples")
+    for copy in result.get("repaired", []):
+        note(f"clean copy with {copy['samples']:,} samples, {copy['lost']:,} left out: {copy['url']}")
     finish(result, json, failed=bool(result["faults"]))
 
 
