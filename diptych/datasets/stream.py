@@ -128,11 +128,13 @@ class Plan:
         self.order = spec.order()
         self.total = (self.stop_step - start_step) * self.share
         self.block_rows = self._block_rows()
+        # The first block is one step, so that the first batch does not wait for the samples of later ones.
+        self._first_rows = min(self.share, self.block_rows, self.total)
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return -(-self.total // self.block_rows)
+        return -(-(self.total - self._first_rows) // self.block_rows) + (self._first_rows > 0)
 
     @property
     def block_bytes(self) -> int:
@@ -141,8 +143,9 @@ class Plan:
 
     def block(self, number: int) -> Block:
         """Block `number`."""
-        start = number * self.block_rows
-        places = np.arange(start, min(start + self.block_rows, self.total), dtype=np.int64)
+        start = self._first_rows + (number - 1) * self.block_rows if number else 0
+        stop = min(start + self.block_rows, self.total) if number else self._first_rows
+        places = np.arange(start, stop, dtype=np.int64)
         slots, content = self._slots(places)
         wanted, inverse = np.unique(content, return_inverse=True)
         return Block(start, slots, wanted, inverse, self.order.rows(wanted))

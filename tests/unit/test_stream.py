@@ -202,7 +202,9 @@ def test_a_consumer_that_stops_early_leaves_no_thread(spec: StreamSpec) -> None:
 
 def test_planning_costs_nothing_per_step(spec: StreamSpec) -> None:
     plan = Plan(replace(spec, global_batch_size=1024), 3, 8, 5_000_000, 1_000_000_000)
-    assert plan.block(10**6).slots[0] // 1024 == 5_000_000 + 10**6 * plan.block_rows // plan.share
+    assert plan.block(10**6).slots[0] // 1024 == 5_000_001 + (10**6 - 1) * plan.block_rows // plan.share
+    # The first batch waits for its own samples alone.
+    assert len(plan.block(0).slots) == plan.share < plan.block_rows
 
 
 def test_arrays_may_be_written_to(spec: StreamSpec) -> None:
