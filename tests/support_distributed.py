@@ -28,7 +28,9 @@ _DEEPSPEED = (
     ["deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []
 )
 _TASKS = [f"diptych.trainers.tasks.{name}" for name in task_names()]
-_CONTEXT.set_forkserver_preload(["diptych.trainers.loop", "safetensors.torch", "pyarrow.parquet", "fsspec", *_TASKS, *_DEEPSPEED])
+_CONTEXT.set_forkserver_preload(
+    ["diptych.trainers.loop", "torch._dynamo", "safetensors.torch", "pyarrow.parquet", "fsspec", *_TASKS, *_DEEPSPEED]
+)
 
 
 class WorkerFailed(AssertionError):  # noqa: N818

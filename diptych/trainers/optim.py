@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diptych.config import OptimConfig
+from diptych.config import ConfigError, OptimConfig
 from diptych.trainers.task import Task
 
 
@@ -32,7 +32,7 @@ def adamw(task: Task, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the task's parameter groups (PyTorch's; Loshchilov and Hutter, 2019)."""
     groups = task.parameter_groups(config.weight_decay)
     if not groups:
-        raise ValueError(f"task: {task.name} has no trainable parameters; nothing can be learned. Unfreeze some.")
+        raise ConfigError("task", f"{task.name} without trainable parameters", "at least one", "Nothing could be learned: unfreeze some.")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 

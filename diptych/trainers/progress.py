@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diptych.batches import Fault
-from diptych.config import RunConfig
+from diptych.config import ConfigError, RunConfig
 from diptych.trainers.world import World
 
 
@@ -51,8 +51,7 @@ class Progress:
         """Take a validation into account; True if `train.monitor` improved."""
         key = config.train.monitor
         if key not in metrics:
-            names = ", ".join(sorted(metrics)) or "none"
-            raise ValueError(f"train.monitor: received {key!r}; allowed: a metric of validation, here {names}")
+            raise ConfigError("train.monitor", key, "a figure of validation: " + ", ".join(sorted(metrics)))
         self.last_value, self.last_step = metrics[key], self.step
         better = _improves(config, metrics[key], self.best_value)
         if better:

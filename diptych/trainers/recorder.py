@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from diptych.batches import StepBatch
-from diptych.config import RunConfig
+from diptych.config import ConfigError, RunConfig
 from diptych.trainers.attempts import Attempt, check_fence, checkpoint_name
 from diptych.trainers.checkpoint import Checkpoint, CheckpointWriter, begin_attempt, load
 from diptych.trainers.journal import MetricsLog, Trace
@@ -39,18 +39,22 @@ class Recorder:
         if self.attempt.resumed_from is None:
             return Progress()
         checkpoint = load(self.folder, self.attempt.resumed_from)
-        self._check_data(checkpoint)
+        self._check_continuity(checkpoint)
         strategy.load_state(checkpoint.tensors)
         log.info("attempt %d resumes from %s", self.attempt.attempt, checkpoint.name)
         return Progress.from_state(checkpoint.state)
 
-    def _check_data(self, checkpoint: Checkpoint) -> None:
-        known = checkpoint.state.get("digest", "")
-        if self.digest and known and self.digest != known:
-            raise ValueError(
-                f"data.shards: {self.config.data.shards} has digest {self.digest}, the run in {self.folder.url} was trained on {known}. "
-                "Point data.shards at the same data, or start a new run with another name."
-            )
+    def _check_continuity(self, checkpoint: Checkpoint) -> None:
+        """The stream goes on where it stopped only with the same data, seed and global batch."""
+        known, now = checkpoint.state, self.config
+        remedy = "Go on with what the run began with (its config.json), or start a new run with another name."
+        if self.digest and known["digest"] and self.digest != known["digest"]:
+            raise ConfigError("data.shards", f"{now.data.shards} of digest {self.digest}", f"data of digest {known['digest']}", remedy)
+        if now.seed != known["config"]["seed"]:
+            raise ConfigError("seed", now.seed, str(known["config"]["seed"]), remedy)
+        if known["slot"] != known["step"] * now.train.global_batch_size:
+            size = known["config"]["train"]["global_batch_size"]
+            raise ConfigError("train.global_batch_size", now.train.global_batch_size, str(size), remedy)
 
     def rows(self, share: StepBatch) -> None:
         """Note which samples this worker was given."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from diptych.config import ConfigError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's moments, under torch's and DeepSpeed's common names."""
 
@@ -53,21 +55,20 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fit(shapes: dict[str, torch.Size], values: dict[str, Tensor], what: str) -> None:
-    """`ValueError` naming the difference unless `values` has exactly these names and shapes."""
+    """`ConfigError` naming the difference unless `values`, of the file `what`, has exactly these names and shapes."""
+    remedy = "Resume with the run's own config.json, or start a new run with another name."
     missing, unknown = sorted(set(shapes) - set(values)), sorted(set(values) - set(shapes))
     if missing or unknown:
-        raise ValueError(
-            f"{what}: the checkpoint does not fit the task: missing {missing[:5] or 'none'}, unknown {unknown[:5] or 'none'}. "
-            "Was the run started with another task configuration? Resume with the stored config.json, or use a new name."
-        )
+        difference = f"{what} lacks {missing[:5] or 'nothing'} and holds unknown {unknown[:5] or 'nothing'}"
+        raise ConfigError("task", f"an architecture that the checkpoint does not fit: {difference}", "that of the checkpoint", remedy)
     for name, shape in shapes.items():
         if tuple(shape) != tuple(values[name].shape):
-            raise ValueError(f"{what}: {name} has shape {list(values[name].shape)} in the checkpoint, {list(shape)} in the task")
+            raise ConfigError("task", f"{name} of shape {list(shape)}", f"{list(values[name].shape)}, as in the checkpoint", remedy)
 
 
 @torch.no_grad()
 def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
-    """Copy `values` into `targets` by name; `ValueError` unless names and shapes agree."""
+    """Copy `values` into `targets` by name; `ConfigError` unless names and shapes agree."""
     check_fit({name: target.shape for name, target in targets.items()}, values, what)
     for name, target in targets.items():
         target.copy_(values[name])

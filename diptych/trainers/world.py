@@ -25,6 +25,8 @@ class World:
     def current(cls, device: torch.device | str = "cpu") -> World:
         """The default process group's rank and size; a world of one where there is none."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(0, 1, device)

@@ -24,7 +24,7 @@ from support_training import (
 )
 
 from diptych.batches import Fault, StepBatch
-from diptych.config import RunConfig
+from diptych.config import ConfigError, RunConfig
 from diptych.trainers.checkpoint import newest_whole
 from diptych.trainers.guard import Diverged
 from diptych.trainers.journal import read_metrics
@@ -179,7 +179,7 @@ def test_early_stopping_waits_for_its_patience_and_remembers_it(tmp_path: Path) 
 
 
 def test_a_monitor_that_validation_does_not_produce_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train.monitor: received 'val/bleu'; allowed: .*val/loss.*val/recall"):
+    with pytest.raises(ConfigError, match=r"train\.monitor: received 'val/bleu'; allowed: .*val/loss.*val/recall"):
         train_in(tmp_path, pair_config(train__monitor="val/bleu", validation__samples=8))
 
 

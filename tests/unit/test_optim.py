@@ -9,7 +9,7 @@ import pytest
 import torch
 from support_training import PairConfig, PairTask, final_state, pair_config, train_in
 
-from diptych.config import OptimConfig
+from diptych.config import ConfigError, OptimConfig
 from diptych.trainers.ema import Ema, warmed_decay
 from diptych.trainers.journal import read_metrics
 from diptych.trainers.optim import adamw, clip_gradients, learning_rate
@@ -40,7 +40,7 @@ def test_gains_biases_and_scalars_are_not_decayed() -> None:
 
 def test_a_task_without_trainable_parameters_is_refused() -> None:
     task = PairTask(PairConfig(), seed=0).requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameters"):
+    with pytest.raises(ConfigError, match="without trainable parameters"):
         adamw(task, OptimConfig())
 
 

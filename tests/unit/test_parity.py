@@ -13,52 +13,26 @@ import torch
 import torch.distributed as dist
 from support_distributed import WorkerFailed, run_workers
 from support_training import (
-    PairConfig,
-    PairTask,
+    SAMPLES,
     assert_identical,
     final_state,
     losses_by_step,
     pair_config,
-    share_of,
+    share,
+    smallest,
     stream_from,
     trace_rows,
     train_in,
 )
 
 from diptych.batches import StepBatch
-from diptych.config import RunConfig, TrainConfig, load_recipe, set_path, task_names
+from diptych.config import RunConfig, TrainConfig, task_names
 from diptych.trainers.attempts import read_attempts
 from diptych.trainers.journal import read_metrics
 from diptych.trainers.objective import accumulate
 from diptych.trainers.runfolder import RunFolder
 from diptych.trainers.strategies import make_strategy
-from diptych.trainers.task import Batch, Task
-from diptych.trainers.tasks import load_task_class
 from diptych.trainers.validation import mean_terms
-
-SAMPLES = 7
-DIM = 16
-
-
-def smallest(name: str) -> Task:
-    """The tiny task of the tests, or a task as its recipe `smoke` makes it."""
-    if name == "pair":
-        return PairTask(PairConfig(dropout=0.3), seed=3)
-    config = load_recipe(name, "smoke").task
-    for key in ("embed_dim", "image_embed_dim"):
-        if key in type(config).model_fields and getattr(config, key) is None:
-            config = set_path(config, key, DIM)
-    return load_task_class(name)(config, seed=3)
-
-
-def share(whole: Batch, rank: int, size: int, multiple: int) -> Batch:
-    """One worker's rows of a global batch, padded with rows of zeros and weight zero."""
-    slots = torch.from_numpy(share_of(0, SAMPLES, rank, size, multiple))
-    rows = {
-        key: torch.where((slots >= 0).view(-1, *[1] * (value.ndim - 1)), value[slots], 0).to(value.dtype) for key, value in whole.items()
-    }
-    rows["slot"] = rows["row"] = slots
-    return rows
 
 
 def losses_and_gradients(names: list[str], micro_batches: list[int]) -> dict[tuple[str, int], Any]:

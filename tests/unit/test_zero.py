@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from support_distributed import WorkerFailed, run_workers
 from support_training import (
+    SAMPLES,
     PairTask,
     assert_identical,
     differences,
@@ -19,22 +21,26 @@ from support_training import (
     losses_by_step,
     make_rows,
     pair_config,
+    share,
     share_of,
+    smallest,
     stream_from,
     trace_rows,
     train_in,
 )
 
 from diptych.batches import StepBatch
-from diptych.config import ConfigError
+from diptych.config import ConfigError, OptimConfig, RunConfig, TrainConfig, task_names
 from diptych.trainers.guard import Diverged
 from diptych.trainers.loop import Callbacks
+from diptych.trainers.objective import accumulate, loss_value
 from diptych.trainers.strategies import make_strategy
 from diptych.trainers.task import Task
+from diptych.trainers.validation import mean_terms
 
 STAGES = ["zero1", "zero2", "zero3"]
 # A width that 3 workers do not divide, a frozen part, and weights too large for ZeRO-3 to keep them whole.
-COMMON = {"task__hidden": 100, "task__idle": True, "optim__weight_decay": 0.0, "validation__samples": 20, "checkpoint__every_steps": 3}
+COMMON = {"task__hidden": 118, "task__idle": True, "optim__weight_decay": 0.0, "validation__samples": 20, "checkpoint__every_steps": 3}
 
 
 def attempts(folder: str, runs: list[tuple[str, dict[str, Any]]]) -> list[tuple[float, float, int]]:
@@ -58,6 +64,8 @@ def test_twenty_steps_equal_ddp_and_each_worker_holds_a_part(tmp_path, capsys):
         assert row[1] == pytest.approx(rows[0][1], abs=1e-5)
         assert max(differences(states["ddp"], states[name]).values()) < 1e-5, name
         assert trace_rows(tmp_path / name) == trace_rows(tmp_path / "ddp")
+        # What the task changes after a step must reach the partitions that the next one starts from.
+        assert float(states[name].weights["scale"]) == pytest.approx(1.49, abs=1e-3)
         if name != "ddp":
             assert row[2] == pytest.approx(rows[0][2] / 2, rel=0.01)
 
@@ -235,6 +243,36 @@ def test_compilation_under_zero3_is_refused_with_the_remedy():
     (message,) = run_workers(refused, 1)
     assert "train.compile" in message
     assert "zero2" in message
+
+
+def twenty_steps(names: list[str], strategies: list[str]) -> dict[tuple[str, str], tuple[list[float], Any]]:
+    """Losses of 20 steps of each task under each strategy, layer dropout off, and the state after them."""
+    found = {}
+    for name, strategy in itertools.product(names, strategies):
+        task = smallest(name)
+        train = TrainConfig(steps=20, global_batch_size=SAMPLES, strategy=strategy, micro_batches=2, precision="fp32")
+        config = RunConfig(task=task.config, train=train, optim=OptimConfig(lr=1e-4, clip_norm=1.0, ema_decay=0.9))
+        trained = make_strategy(config, task)
+        world, losses = trained.world, []
+        for step in range(20):
+            task.eval()
+            batch = share(task.example_batch(SAMPLES, seed=step), world.rank, world.size, 2)
+            batch |= task.draws(batch)
+            totals = {term: world.sum_(weight.detach().double().reshape(())).float() for term, weight in task.weights(batch).items()}
+            terms, _ = accumulate(trained, batch, 2, totals, seed=1, step=step)
+            losses.append(loss_value(task, mean_terms(world, terms)))
+            trained.step(step, 1e-4)
+        found[name, strategy] = (losses, trained.state())
+    return found
+
+
+@pytest.mark.parametrize("stages", [["zero1"], pytest.param(["zero2", "zero3"], marks=pytest.mark.slow)])
+def test_every_task_trains_under_zero_as_under_ddp(stages):
+    found, _ = run_workers(twenty_steps, 2, task_names(), ["ddp", *stages], deadline_seconds=300)
+    for name, stage in itertools.product(task_names(), stages):
+        losses, state = found[name, "ddp"]
+        assert found[name, stage][0] == pytest.approx(losses, abs=1e-5), (name, stage)
+        assert max(differences(state, found[name, stage][1]).values()) < 1e-4, (name, stage)
 
 
 def test_shares_of_the_tests_cover_every_slot_once():

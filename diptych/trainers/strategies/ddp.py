@@ -127,7 +127,7 @@ class DDPStrategy:
         """Every worker holds the same; rank 0 copies."""
         if self.world.rank != 0:
             return None
-        optimizer = {}
+        optimizer: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             # A parameter that never had a gradient has no moments yet; under ZeRO it has zeros.
             fresh = dict.fromkeys(MOMENTS, torch.zeros_like(parameter)) | {"step": torch.zeros(())}
