@@ -39,6 +39,10 @@ class Tower(nn.Module, abc.ABC):
         """Parameters of the embeddings."""
 
     @abc.abstractmethod
+    def tokens(self) -> int:
+        """Tokens of one image, the class token included."""
+
+    @abc.abstractmethod
     def set_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass."""
 
@@ -81,6 +85,7 @@ print(torch.nn.functional.normalize(torch.nn.functional.linear(pooled, projectio
         self.vision = _pretrained_clip(config) if config.model else _fresh_clip(config)
         self.dropout = nn.Dropout(config.dropout)
         self.projection = nn.Linear(self.vision.config.hidden_size, dim)
+        self.image_size = config.image_size
         self.interpolate = config.image_size != self.vision.config.image_size
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -95,6 +100,10 @@ print(torch.nn.functional.normalize(torch.nn.functional.linear(pooled, projectio
     def before_blocks(self) -> list[nn.Parameter]:
         """See `Tower.before_blocks`."""
         return [*self.vision.embeddings.parameters(), *self.vision.pre_layrnorm.parameters()]
+
+    def tokens(self) -> int:
+        """See `Tower.tokens`."""
+        return (self.image_size // self.vision.config.patch_size) ** 2 + 1
 
     def set_gradient_checkpointing(self) -> None:
         """See `Tower.set_gradient_checkpointing`."""
@@ -143,6 +152,10 @@ print(torch.nn.functional.normalize(model(transform(Image.open("image.jpg").conv
         """See `Tower.before_blocks`."""
         after = ("blocks.", "norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")
         return [parameter for name, parameter in self.model.named_parameters() if not name.startswith(after)]
+
+    def tokens(self) -> int:
+        """See `Tower.tokens`."""
+        return int(self.model.patch_embed.num_patches) + int(self.model.num_prefix_tokens)
 
     def set_gradient_checkpointing(self) -> None:
         """See `Tower.set_gradient_checkpointing`."""

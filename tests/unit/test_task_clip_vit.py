@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
 
 from diptych.config import ConfigError, build
@@ -197,3 +198,21 @@ def test_wrong_calls_name_key_and_remedy(tmp_path):
 def test_the_dimension_comes_from_the_data():
     assert smoke().task.resolve({"text_dim": 48}).embed_dim == 48
     assert ClipVitConfig(embed_dim=384).resolve({"text_dim": 48}).embed_dim == 384
+
+
+@pytest.mark.parametrize("changes", [{}, TIMM], ids=["clip", "timm"])
+def test_operations_are_those_that_torch_counts(changes):
+    task = make(**changes, unfreeze_from=1)
+    batch = task.example_batch(2)
+    with FlopCounterMode(display=False) as counter:
+        task(batch).terms["cosine_loss"].sum.backward()
+    assert task.flops_per_sample == pytest.approx(counter.get_total_flops() / 2, rel=0.12)
+
+
+def test_samples_show_how_near_each_prediction_is():
+    task = make().eval()
+    batch = dict(task.example_batch(4), weight=torch.tensor([1.0, 1, 1, 0]))
+    table = task.show(batch)
+    assert len(table.rows) == 3
+    expected = functional.cosine_similarity(task.predict(batch["image"]), batch["text_embedding"])[:3]
+    assert [row[0] for row in table.rows] == pytest.approx(expected.tolist(), abs=1e-3)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from diptych.recipes.clip_vit import ClipVitConfig
 from diptych.trainers.retrieval import recall_at
-from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.task import Batch, Output, Table, Task, Term, Validation, synthetic_rows
 from diptych.trainers.vision_towers import build_tower
 
 
@@ -54,6 +54,15 @@ class ClipVitTask(Task):
         loss = -cosine if self.config.loss == "cosine" else 1 - cosine
         return Term((loss * weight).sum(), weight.sum())
 
+    @property
+    def flops_per_sample(self) -> float | None:
+        """Matrix products of all blocks forward and of the trained ones backward; the rest is a few per cent."""
+        blocks, tokens = self.tower.blocks(), self.tower.tokens()
+        weights = sum(parameter.numel() for parameter in blocks[0].parameters() if parameter.ndim == 2)
+        width = next(parameter.shape[-1] for parameter in blocks[0].parameters() if parameter.ndim == 2)
+        block = 2 * weights * tokens + 4 * tokens * tokens * width
+        return float(block * (len(blocks) + 2 * (len(blocks) - self.config.unfreeze_from)))
+
     def validate(self, batch: Batch) -> Validation:
         """The loss, and both embeddings of each sample."""
         prediction = self.predict(batch["image"])
@@ -68,6 +77,18 @@ class ClipVitTask(Task):
         figures = {"cosine": float((prediction * target).sum(-1).mean()), "mean_target_cosine": float(baseline.mean())}
         same = torch.unique(target, dim=0, return_inverse=True)[1]
         return figures | {f"recall_at_{k}": share for k, share in recall_at(prediction, target, same).items()}
+
+    def show(self, batch: Batch) -> Table | None:
+        """How near each prediction is to its target, and how many targets of the batch are nearer."""
+        kept = batch["weight"] > 0
+        similarity = self.predict(batch["image"][kept]) @ functional.normalize(batch["text_embedding"][kept], dim=-1).T
+        own = similarity.diagonal()
+        nearer = (similarity > own[:, None]).sum(1)
+        return Table(
+            "Predicted embeddings",
+            ["cosine", "targets nearer"],
+            [[round(a, 4), b] for a, b in zip(own.tolist(), nearer.tolist(), strict=True)],
+        )
 
     def predict(self, image: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]` → L2-normalised embeddings float32 `[B, D]`."""
