@@ -126,6 +126,37 @@ def _check_extra(out: str, count: int) -> None:
         raise ConfigError("OUT", out, "shards of this source alone", remedy)
 
 
+def push(out: str, repository: str, layout: str, private: bool = True) -> str:
+    """Upload the packed shards `out` with a card to the data set `repository` of the Hugging Face hub; returns its URL.
+
+    `layout` is `webdataset` (the tars) or `imagefolder`. Raises `ConfigError` for a wrong name or layout, `ValueError` where the hub refuses.
+    """
+    import tempfile
+    from pathlib import Path
+    from typing import cast
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    from diptych.datasets import hub
+    from diptych.datasets.manifest import open_manifest
+
+    api = HfApi()
+    with tempfile.TemporaryDirectory(prefix=".hub-", dir=out if os.path.isdir(out) else None) as folder:
+        hub.stage(open_manifest(out), Path(folder), cast(hub.Layout, layout), repository)
+        try:
+            url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Data packed with Diptych")
+        except HFValidationError as error:
+            raise ConfigError("--push-to-hub", repository, "org/name", str(error)) from None
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"push to {repository} failed: {reason}. The shards stand in {out}; log in with `hf auth login`, then repeat"
+            ) from None
+    return str(url)
+
+
 def command(
     source: Annotated[str, typer.Argument(help="image folder, csv, tsv, jsonl, json, parquet, txt, or a Hugging Face data set")],
     out: Annotated[str, typer.Argument(help="folder or URL for the shards")],
@@ -142,6 +173,9 @@ def command(
     image_format: Annotated[str, typer.Option(help="jpg, png or webp, for pictures that change")] = "jpg",
     quality: Annotated[int, typer.Option(help="JPEG and WebP quality")] = 95,
     split: Annotated[str, typer.Option(help="split of a data set that has several")] = "",
+    push_to_hub: Annotated[str, typer.Option(help="also upload to this data set of the Hugging Face hub (org/name)")] = "",
+    hub_layout: Annotated[str, typer.Option(help="files on the hub: webdataset or imagefolder")] = "webdataset",
+    private: Annotated[bool, typer.Option(help="make that data set private")] = True,
     jobs: Annotated[int, typer.Option(help="processes; 0 = one per core")] = 0,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
@@ -157,6 +191,9 @@ def command(
     result = run(source, out, options, split, jobs)
     show_faults(result["faults"])
     note(f"{result['samples_out']:,} of {result['samples_in']:,} samples in {result['shards']} shards, {result['seconds']:.1f} s: {out}")
+    if push_to_hub:
+        result["pushed"] = push(out, push_to_hub, hub_layout, private=private)
+        note(f"pushed to {result['pushed']}")
     finish(result, json, failed=bool(result["faults"]))
 
 
