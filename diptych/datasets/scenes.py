@@ -40,8 +40,10 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "dark": (44, 48, 62),
 }
 _KINDS = len(COLOURS) * len(SHAPES)
-CAPTIONS = _KINDS * (_KINDS - 1) * len(RELATIONS) * (1 + len(COUNTS)) * len(GROUNDS)
-"""Different captions of the grammar: 103,320."""
+# One of each kind could be told from either side, so there the first is the upper or left one: a picture has one caption.
+_ARRANGEMENTS = [(relation, 1) for relation in ("above", "left of")] + [(relation, count) for relation in RELATIONS for count in COUNTS]
+CAPTIONS = _KINDS * (_KINDS - 1) * len(_ARRANGEMENTS) * len(GROUNDS)
+"""Different captions of the grammar: 86,100."""
 _SUPERSAMPLE = 2
 _FIRST = re.compile(rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
@@ -86,12 +88,12 @@ def describe(seed: int, index: int) -> Scene:
     """The scene of `index`, without drawing it. Indices from `CAPTIONS` on repeat captions with other positions."""
     code = int(_order(seed)[index % CAPTIONS])
     code, ground = divmod(code, len(GROUNDS))
-    code, count = divmod(code, 1 + len(COUNTS))
-    code, relation = divmod(code, len(RELATIONS))
+    code, arrangement = divmod(code, len(_ARRANGEMENTS))
     first, second = divmod(code, _KINDS - 1)
     # The second kind is one of the others, so that the sentence always tells two kinds of object apart.
     second += second >= first
-    return Scene(_kind(first), RELATIONS[relation], count + 1, _kind(second), list(GROUNDS)[ground])
+    relation, count = _ARRANGEMENTS[arrangement]
+    return Scene(_kind(first), relation, count, _kind(second), list(GROUNDS)[ground])
 
 
 def _kind(code: int) -> tuple[str, str]:
@@ -137,13 +139,13 @@ def _ground(name: str, side: int, rng: np.random.Generator) -> Image.Image:
 def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple[float, float, float], tuple[str, str]]]:
     """((x, y, diameter) in shares of the side, kind) of each object; the relation decides which half each kind takes."""
     along = rng.uniform(-0.14, 0.14)
-    near = rng.uniform(0.24, 0.3)
-    diameter = {1: 0.38, 2: 0.33, 3: 0.28}[scene.count]
-    pitch = {1: 0.0, 2: 0.4, 3: 0.31}[scene.count]
-    spots = [(0.5 + along, near, 0.38, scene.first)]
+    near = rng.uniform(0.25, 0.28)
+    diameter = {1: 0.45, 2: 0.4, 3: 0.31}[scene.count]
+    pitch = {1: 0.0, 2: 0.44, 3: 0.32}[scene.count]
+    spots = [(0.5 + along, near, 0.45, scene.first)]
     for number in range(scene.count):
         offset = (number - (scene.count - 1) / 2) * pitch + (rng.uniform(-0.12, 0.12) if scene.count == 1 else 0.0)
-        spots.append((0.5 + offset, 0.73 + rng.uniform(-0.03, 0.03), diameter, scene.second))
+        spots.append((0.5 + offset, 0.74 + rng.uniform(-0.02, 0.02), diameter, scene.second))
     placed = []
     for across, depth, width, kind in spots:
         # Laid out as "first above the others"; the other relations mirror and turn that.
