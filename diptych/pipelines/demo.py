@@ -51,6 +51,7 @@ def run(out: str = "demo", options: dict[str, Any] | None = None) -> dict[str, A
     Raises `ConfigError` if `out` holds something else than a demo of the same options.
     """
     from diptych.pipelines import ray_context
+    from diptych.pipelines.demo_figures import measure
 
     chosen, folder = DemoOptions(**(options or {})), Path(out).absolute()
     _claim(folder, chosen)
@@ -68,7 +69,7 @@ def run(out: str = "demo", options: dict[str, Any] | None = None) -> dict[str, A
         with _stage(stages, "train prior") as done:
             done(_train(prior))
     with _stage(stages, "evaluate") as done:
-        figures = _measure(folder)
+        figures = measure(folder)
         done(f"{HELD_OUT} held-out scenes")
     return _conclude(folder, figures, stages)
 
@@ -175,64 +176,6 @@ def _embed(folder: Path) -> str:
     return f"{result['samples_out']:,} images and captions embedded"
 
 
-def _measure(folder: Path) -> list[Figure]:
-    """The figures beside their baselines and targets."""
-    from diptych.pipelines import evaluate
-    from diptych.pipelines.report import Figure
-
-    runs = [str(folder / "runs" / name) for name in ("coca", "prior")]
-    metrics = evaluate.run(runs, samples=HELD_OUT, checkpoint="newest")["metrics"]
-    coca, prior = metrics["coca"], metrics["prior"]
-    chance = f"chance: {1 / HELD_OUT:.3f}"
-    first, share = _first_objects(Path(runs[0]))
-    related, unrelated = prior["cosine_image_predicted"], prior["cosine_unrelated"]
-    found = [
-        ("image → caption R@1", coca["image_to_text_r1"], 0.7, chance),
-        ("caption → image R@1", coca["text_to_image_r1"], 0.7, chance),
-        ("captions with the first object's colour and shape right", first, 0.5, f"always the most frequent: {share:.3f}"),
-        (
-            "cos(image, predicted)",
-            related,
-            0.75,
-            f"cos(image, text): {prior['cosine_text_image']:.3f}; cos(image, mean image): {_mean_cosine(folder):.3f}",
-        ),
-        ("above cos(unrelated text, predicted)", related - unrelated, 0.3, f"cos(unrelated text, predicted): {unrelated:.3f}"),
-    ]
-    return [Figure(name, value, f"target: at least {target}", value >= target, baseline) for name, value, target, baseline in found]
-
-
-def _first_objects(run_dir: Path) -> tuple[float, float]:
-    """(share of captions whose first object has the right colour and shape, share that the most frequent answer would get)."""
-    from collections import Counter
-
-    import torch
-
-    from diptych.datasets.scenes import parse_first_object
-    from diptych.pipelines.evaluate import held_out
-    from diptych.pipelines.trained import load_trained
-
-    trained = load_trained(run_dir)
-    task: Any = trained.task
-    true, made = [], []
-    with torch.no_grad():
-        for batch in held_out(trained, samples=HELD_OUT):
-            rows = batch["weight"] > 0
-            true += [parse_first_object(task.vocabulary.decode(tokens)) for tokens in batch["tokens"][rows].tolist()]
-            made += [parse_first_object(texts[0]) for texts in task.captions(batch["image"][rows])]
-    right = sum(one == other and one is not None for one, other in zip(true, made, strict=True))
-    return right / len(true), Counter(true).most_common(1)[0][1] / len(true)
-
-
-def _mean_cosine(folder: Path) -> float:
-    """Mean cosine of an image embedding with the mean of all: what a prior that ignores its text could reach."""
-    import numpy as np
-
-    vectors = np.concatenate([np.load(path).astype(np.float32) for path in sorted((folder / "embeddings" / "img_emb").glob("*.npy"))])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    mean = vectors.mean(axis=0)
-    return float((vectors @ mean).mean() / np.linalg.norm(mean))
-
-
 def _conclude(folder: Path, figures: list[Figure], stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Write `summary.json` and `report.html`, and say what to look at."""
     from dataclasses import asdict
@@ -263,6 +206,10 @@ def _conclude(folder: Path, figures: list[Figure], stages: list[dict[str, Any]])
     note(f"look at  {page}")
     note(f"runs     {mlflow}")
     return summary
+
+
+def _verdict(figure: Figure) -> str:
+    return "" if not figure.target else "✓" if figure.reached else "✗ missed"
 
 
 def command(

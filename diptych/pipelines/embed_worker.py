@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from diptych.datasets.images import open_picture
 from diptych.datasets.keep import Selection
 from diptych.datasets.manifest import Manifest
 from diptych.datasets.survey import IMAGE_EXTENSIONS
-from diptych.trainers.clip_embedder import Embedder, ModelName
+
+if TYPE_CHECKING:
+    from diptych.trainers.clip_embedder import ModelName
 
 PARTITIONS_IN_FLIGHT = 2
 _BATCHES_AHEAD = 2
@@ -64,6 +66,8 @@ class EmbedWorker:
 
     def __init__(self, spec: EmbedSpec) -> None:
         import torch
+
+        from diptych.trainers.clip_embedder import Embedder
 
         if spec.device == "cpu":
             torch.set_num_threads(spec.threads)

@@ -36,15 +36,16 @@ def test_every_stage_leaves_what_the_next_one_needs(made: Path) -> None:
 
 def test_each_figure_stands_beside_its_target_and_its_baseline(made: Path) -> None:
     summary = json.loads((made / "summary.json").read_text())
-    assert len(summary["figures"]) == 5
-    for figure in summary["figures"]:
+    targets = [figure for figure in summary["figures"] if figure["target"]]
+    assert len(targets) == 5
+    for figure in targets:
         assert figure["reached"] == (figure["value"] >= float(figure["target"].removeprefix("target: at least ")))
         assert any(character.isdigit() for character in figure["baseline"])
     # So few steps teach nothing, and the summary says so.
     assert summary["reached"] is False
     page = (made / "report.html").read_text()
     assert all(figure["name"] in page for figure in summary["figures"])
-    assert page.count("data:image/jpeg") >= 20
+    assert page.count("data:image/jpeg") >= 40  # captions made of pictures, and pictures found by captions
     assert summary["mlflow"] in page
 
 
