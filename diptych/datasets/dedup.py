@@ -29,7 +29,7 @@ MOST_PAIRS = 100_000_000
 """Pairs that are held at once, 12 bytes each, and again while they are sorted."""
 _BLOCK = 512
 _MARGIN = 2e-5  # float32 sums of products of unit vectors err by less
-_POINTS_PER_CELL, _ITERATIONS = 40, 4
+_POINTS_PER_CELL, _ITERATIONS = 20, 3
 
 
 @dataclass(frozen=True)

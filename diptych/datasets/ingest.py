@@ -152,8 +152,16 @@ def recover(out: str) -> None:
         return
     for entry in sorted(os.scandir(temporary), key=lambda entry: entry.name):
         if entry.is_dir() and entry.name.endswith(".ready"):
-            _move_in(Path(entry.path), out, int(entry.name.partition(".")[0]))
-    shutil.rmtree(temporary)
+            try:
+                _move_in(Path(entry.path), out, int(entry.name.partition(".")[0]))
+            except OSError:
+                continue  # what hinders the rename made the shard a fault; a later call finds it ready
+        elif entry.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+    if not os.listdir(temporary):
+        os.rmdir(temporary)
 
 
 class _scratch:  # noqa: N801 - used as a function
