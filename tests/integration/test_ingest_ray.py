@@ -72,8 +72,9 @@ def samples(folder: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def test_counts_equal_img2datasets_own_and_both_are_read_alike(ray_session: Any, server: WebServer, tmp_path: Path) -> None:
-    urls = write_list(tmp_path / "urls.csv", server)
+@pytest.mark.parametrize("count", [URLS, pytest.param(1000, marks=pytest.mark.slow)])
+def test_counts_equal_img2datasets_own_and_both_are_read_alike(ray_session: Any, server: WebServer, tmp_path: Path, count: int) -> None:
+    urls = write_list(tmp_path / "urls.csv", server, count)
     (tmp_path / "peer.py").write_text(PEER)
     peer = subprocess.Popen(
         [sys.executable, "peer.py", urls, "peer"],
@@ -88,7 +89,7 @@ def test_counts_equal_img2datasets_own_and_both_are_read_alike(ray_session: Any,
     theirs, ours = samples(tmp_path / "peer"), samples(tmp_path / "ours")
     assert ours == theirs
     counts = Counter(status for status, *_ in ours.values())
-    assert (result["samples_in"], result["samples_out"]) == (URLS, counts["success"])
+    assert (result["samples_in"], result["samples_out"]) == (count, counts["success"])
     assert (result["failed_to_download"], result["failed_to_resize"]) == (counts["failed_to_download"], counts["failed_to_resize"])
     assert result["faults"] == []
     assert set(result["status"]) == status_of(tmp_path / "peer")
