@@ -239,7 +239,7 @@ def _join_partitions(manifest: Manifest, folder: str, metadata: list[str], which
 def _join_partition(joined: EmbeddingJoin, matcher: _Matcher, number: int, path: str) -> None:
     with folders.open_input(path) as stream:
         try:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, pre_buffer=False)
             columns = [name for name in ("image_path", "shard") if name in parquet.schema_arrow.names]
             table = parquet.read(columns=columns).combine_chunks()
         except (pa.ArrowInvalid, OSError) as error:

@@ -95,7 +95,8 @@ def read_keep(path: str, manifest: Manifest) -> np.ndarray:
     where it only names fewer. Raises `ConfigError`.
     """
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        # Read by this thread alone: pyarrow's own would still hold Python's bytes at exit, and abort the process.
+        table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path)), pre_buffer=False).read(use_threads=False)
     except FileNotFoundError:
         raise ConfigError("data.keep", path, "keep-lists that exist", "`diptych filter` and `diptych dedup` write them.") from None
     except pa.ArrowException as error:

@@ -223,7 +223,8 @@ def _result(number: int, out: str, skipped: bool) -> PartResult:
 
     name = shard_name(number)
     data = storage.read_bytes(storage.join(out, f"{name}.parquet"))
-    table = pq.read_table(io.BytesIO(data), columns=["key", "status", "error_message"])
+    # Read by this thread alone: pyarrow's own would still hold Python's bytes at exit, and abort the process.
+    table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(columns=["key", "status", "error_message"], use_threads=False)
     faults = []
     for row in table.to_pylist():
         if row["status"] != "success":

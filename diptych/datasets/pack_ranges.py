@@ -37,7 +37,7 @@ class ParquetTable:
         for index, path in enumerate(paths):
             try:
                 with folders.open_input(path) as raw:
-                    facts = pq.ParquetFile(raw)
+                    facts = pq.ParquetFile(raw, pre_buffer=False)
                     names, sizes = (
                         tuple(facts.schema_arrow.names),
                         [facts.metadata.row_group(g).num_rows for g in range(facts.num_row_groups)],
@@ -71,7 +71,7 @@ class ParquetTable:
             name = self.paths[index].rpartition("/")[2]
             with folders.open_input(self.paths[index]) as raw:
                 position = first
-                for batch in pq.ParquetFile(raw).iter_batches(64, row_groups=[group], columns=columns):
+                for batch in pq.ParquetFile(raw, pre_buffer=False).iter_batches(64, row_groups=[group], columns=columns):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     for offset, fields in enumerate(batch.slice(low, max(high - low, 0)).to_pylist() if high > low else []):
                         yield checked(Row(f"{name}:{position + low + offset}", fields))

@@ -130,7 +130,7 @@ def build_index(source: Source, shards: Sequence[ShardRows], folder: Path) -> Pl
 
 def _open_metadata(url: str, stream: object) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(stream)
+        return pq.ParquetFile(stream, pre_buffer=False)
     except pa.ArrowException as error:
         raise ValueError(f"{url} cannot be read as Parquet ({error}); embed that partition again") from None
 

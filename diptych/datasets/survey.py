@@ -250,10 +250,10 @@ def _compare(url: str, name: str, samples: dict[str, Sample], faults: list[Fault
         faults.append(Fault(name, "", "count_mismatch", detail))
     try:
         data = storage.read_bytes(parquet_url)
-        parquet = pq.ParquetFile(io.BytesIO(data))
+        parquet = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
         if not {"key", "status"} <= set(parquet.schema_arrow.names):
             return counts
-        listed = parquet.read(columns=["key", "status"])
+        listed = parquet.read(columns=["key", "status"], use_threads=False)
     except FileNotFoundError:
         return counts
     except (pa.ArrowException, OSError) as error:

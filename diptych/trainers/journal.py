@@ -127,7 +127,8 @@ def read_trace(folder: RunFolder | str) -> Any:
         span = spans.get(int(match[1])) if match else None
         if span is None:
             continue
-        part = pq.read_table(pa.BufferReader(folder.read(f"trace/{name}")))
+        # Read by this thread alone: pyarrow's own would still hold Python's bytes at exit, and abort the process.
+        part = pq.ParquetFile(pa.BufferReader(folder.read(f"trace/{name}")), pre_buffer=False).read(use_threads=False)
         parts.append(part.filter(pc.field("step") < span.end) if span.end is not None else part)
     if not parts:
         empty = {name: pa.array([], pa.int32() if name in ("rank", "attempt") else pa.int64()) for name in TRACE_COLUMNS}

@@ -108,6 +108,18 @@ def test_no_file_names_a_machine_or_a_package_index() -> None:
     assert not found
 
 
+def test_parquet_from_python_is_read_by_the_calling_thread() -> None:
+    """Pre-buffering leaves Python's bytes to pyarrow's IO threads, which abort a process that exits just then; paths are safe."""
+    from_python = re.compile(r"read_table\(\s*(io\.|pa\.Buffer|pa\.py_)|ParquetFile\((?!self\.samples_path|.*pre_buffer=False)")
+    found = [
+        f"{short(path)}:{number}"
+        for path in MODULES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if from_python.search(line)
+    ]
+    assert not found
+
+
 def test_names_of_test_files_are_unique() -> None:
     """Tests are imported by file name alone (importlib mode, no packages)."""
     names = [path.name for path in tracked(".py") if path.is_relative_to(ROOT / "tests") and path.name.startswith("test_")]
