@@ -38,6 +38,7 @@ COLUMNS: dict[str, str] = {
 """Columns of every manifest. Fields of the samples' JSON are columns too, and `similarity` if embeddings are given."""
 
 _META_ROWS = 2000
+_MOST_FIELDS = 200
 _SIMILARITY_ROWS = 1 << 16
 _TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
 

@@ -230,8 +230,7 @@ def _claim(out: str, fingerprint: str, overwrite: bool) -> bool:
     if not overwrite:
         raise ConfigError("OUT", out, "an empty folder, or one that holds this very result", "Name another folder, or add --overwrite.")
     for url in files:
-        fs, path = storage.file_system(url)
-        fs.rm_file(path)
+        storage.remove(url)
     return False
 
 

@@ -25,7 +25,14 @@ def shards(tmp_path: Path) -> Path:
     """Six samples in two shards: sizes 10·(i+1) × 20, a score in the JSON, one JSON that is none."""
     samples = []
     for index, caption in enumerate(CAPTIONS):
-        fields = {"score": index / 2, "lang": "en" if index % 2 else None, "odd name'\"": index, "nested": {"a": index}}
+        fields = {
+            "score": index / 2,
+            "lang": "en" if index % 2 else None,
+            "LANG": "other",
+            "KEY": 1,
+            "odd name'\"": index,
+            "nested": {"a": index},
+        }
         sample = {"jpg": jpeg(10 * (index + 1), 20), "json": fields}
         samples.append(sample | ({"txt": caption} if caption is not None else {}))
     samples[4]["json"] = b"{not json"

@@ -254,3 +254,21 @@ def test_places_are_the_integer_value_of_digits(keys: list[str | None]) -> None:
             assert (place, length) == (int(key), len(key))
         else:
             assert (place, length) == (-1, 0)
+
+
+def test_an_object_store_gives_the_same_files(tmp_path: Path) -> None:
+    import fsspec
+
+    keys = write_shards(tmp_path / "shards", {0: [0, 2, 9], 3: [1, 4]}, 10)
+    write_partitions(tmp_path / "emb", [keys[::-1]], ("img_emb", "text_emb"))
+    run(str(tmp_path / "emb"), str(tmp_path / "shards"), str(tmp_path / "out"))
+    store = fsspec.filesystem("memory")
+    for path in (tmp_path / "emb").rglob("*.*"):
+        store.pipe_file(f"/reorder/emb/{path.relative_to(tmp_path / 'emb')}", path.read_bytes())
+    for expected in (0, 2):
+        result = run("memory://reorder/emb", str(tmp_path / "shards"), "memory://reorder/out")
+        assert (result["samples_out"], result["shards_reused"]) == (5, expected)
+    local = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*.npy")}
+    remote = {name.removeprefix("/reorder/out/"): store.cat_file(name) for name in store.find("/reorder/out") if name.endswith(".npy")}
+    assert remote == local
+    store.rm("/reorder", recursive=True)
