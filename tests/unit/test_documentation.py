@@ -143,6 +143,7 @@ def test_keys_named_in_prose_exist() -> None:
     from diptych.config import dotted_keys
 
     known = {key for task in task_names() for recipe in recipes_of(task) for key in dotted_keys(load_recipe(task, recipe))}
+    known |= {key.rpartition(".")[0] for key in known}
     sections = {"train", "data", "optim", "validation", "checkpoint", "cluster", "tracking", "task"}
     unknown = [
         f"{page.name}: {match[1]}"
