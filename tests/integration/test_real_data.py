@@ -78,11 +78,11 @@ def test_photos_are_packed_trained_on_and_evaluated(shared_data: Path, ray_sessi
 
 
 def test_verify_accepts_the_peers_embeddings_and_finds_one_swapped_row(shared_data: Path, ray_session: Any, tmp_path: Path) -> None:
-    from diptych.pipelines import embed
+    from diptych.pipelines import embed_verify
 
     real = shared_data / "pomological"
     options = {"model": str(real / "tiny_clip"), "manifest": str(tmp_path / "manifest")}
-    honest = embed.verify(str(real / "shards"), str(real / "embeddings"), 32, options)
+    honest = embed_verify.run(str(real / "shards"), str(real / "embeddings"), 32, options)
     assert honest["faults"] == []
     assert min(figures["min"] for figures in honest["cosine"].values()) >= 0.99
     swapped = shutil.copytree(real / "embeddings", tmp_path / "swapped", copy_function=shutil.copyfile)
@@ -95,5 +95,5 @@ def test_verify_accepts_the_peers_embeddings_and_finds_one_swapped_row(shared_da
     vectors[[first, second]] = vectors[[second, first]]
     file.unlink()
     np.save(file, vectors)
-    found = embed.verify(str(real / "shards"), str(swapped), 0, options)
+    found = embed_verify.run(str(real / "shards"), str(swapped), 0, options)
     assert len(found["faults"]) == 2
