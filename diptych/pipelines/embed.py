@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class EmbedOptions(Config):
     """How samples become embeddings."""
 
-    model: str = ""
+    model: str = "ViT-B-32/laion2b_s34b_b79k"
     """open_clip NAME/TAG, a folder (an exported CoCa, open_clip's or Hugging Face's layout), a hub name, or `sentence:NAME`."""
     modality: Literal["both", "image", "text"] = "both"
     """What is embedded."""
@@ -185,7 +185,9 @@ def command(
     shards: Annotated[str, typer.Argument(help="folder, URL or brace pattern of tars")],
     out: Annotated[str, typer.Argument(help="folder or URL for the embeddings")],
     *,
-    model: Annotated[str, typer.Option(help="open_clip NAME/TAG, a folder, a hub name, or sentence:NAME")] = "",
+    model: Annotated[
+        str, typer.Option(help="open_clip NAME/TAG, a folder, a hub name, or sentence:NAME; default: ViT-B-32 of LAION, or what made OUT")
+    ] = "",
     modality: Annotated[str, typer.Option(help="both, image or text")] = "both",
     batch_size: Annotated[int, typer.Option(help="samples of one forward pass")] = 256,
     partition_size: Annotated[int, typer.Option(help="samples of one partition; 0 = chosen from the data")] = 0,
@@ -204,10 +206,10 @@ def command(
     Example: diptych embed shards/ embeddings/ --model ViT-B-32/laion2b_s34b_b79k
     """
     options = {
-        "model": model, "modality": modality, "batch_size": batch_size, "partition_size": partition_size, "actors": actors,
+        "modality": modality, "batch_size": batch_size, "partition_size": partition_size, "actors": actors,
         "cpus_per_actor": cpus_per_actor, "gpus_per_actor": gpus_per_actor, "precision": precision, "keep": keep, "manifest": manifest,
         "address": address,
-    }  # fmt: skip
+    } | ({"model": model} if model else {})  # fmt: skip
     if verify_samples:
         from diptych.pipelines import embed_verify
 

@@ -39,7 +39,11 @@ def run(shards: str, out: str, count: int, options: dict[str, Any] | None = None
     chosen = build(EmbedOptions, options or {})
     former = embed_layout.read_provenance(out) or {}
     present = _present(out, chosen)
-    updates = {"model": chosen.model or former.get("model", ""), "modality": "both" if len(present) == 2 else present[0]}
+    asked = "model" in (options or {})
+    updates = {
+        "model": chosen.model if asked else former.get("model", chosen.model),
+        "modality": "both" if len(present) == 2 else present[0],
+    }
     # What the embeddings were made in is unknown, and bf16's own noise would hide small differences.
     updates |= {"precision": "fp32"} if chosen.precision == "auto" else {}
     spec = prepare(shards, out, chosen.model_copy(update=updates))

@@ -142,13 +142,15 @@ class EmbedWorker:
                     except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
                         bad[index] = ("undecodable_image", f"{type(error).__name__}: {error}")
         good = [index for index in range(len(rows)) if index not in bad]
-        stacked = np.stack([pixels[index] for index in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
+        stacked = None
+        if "image" in self.spec.modalities:
+            stacked = np.stack([pixels[index] for index in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
         return Batch(
             rows[good],
             [keys[index] for index in good],
             [shards[index] for index in good],
             [captions[index] for index in good],
-            stacked if "image" in self.spec.modalities else None,
+            stacked,
             [Fault(shards[index], keys[index], *bad[index]) for index in sorted(bad)],
         )
 

