@@ -32,6 +32,7 @@ from diptych.trainers.loop import Callbacks
 from diptych.trainers.progress import FaultBudgetExceeded
 from diptych.trainers.runfolder import RunFolder
 from diptych.trainers.task import Task
+from diptych.trainers.throughput import Throughput
 
 
 class Killed(Exception):  # noqa: N818
@@ -238,6 +239,20 @@ def test_throughput_counts_the_wait_for_data(tmp_path: Path) -> None:
     tokens = sum(make_rows(share_of(0, 32, 0, 1, 1))["token_mask"].sum(axis=1))
     ratio = result.metrics["train/tokens_per_second"] / result.metrics["train/samples_per_second"]
     assert ratio == pytest.approx(tokens / 32, rel=1e-6)
+
+
+def test_utilisation_is_of_the_peak_of_all_devices() -> None:
+    meter = Throughput(samples_per_step=8, peak=1e12, flops_per_sample=1e9, workers=2)
+    assert list(meter.timed(iter("ab"))) == ["a", "b"]
+    begin = time.perf_counter()
+    time.sleep(0.05)
+    meter.paused(begin)
+    meter.step()
+    figures = meter.rates()
+    assert figures["mfu"] == pytest.approx(figures["samples_per_second"] * 1e9 / 2e12)
+    # Validation's time is no part of the interval.
+    assert figures["samples_per_second"] > 8 / 0.05
+    assert "mfu" not in Throughput(8, None, 1e9, 2).rates()
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:

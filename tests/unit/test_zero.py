@@ -87,7 +87,7 @@ def test_accumulation_offload_and_checkpointing_change_nothing(tmp_path):
     run_workers(attempts, 2, str(tmp_path), runs)
     for name, _ in runs[1:]:
         assert losses_by_step(tmp_path / name) == pytest.approx(losses_by_step(tmp_path / "plain"), abs=1e-5), name
-        assert max(differences(final_state(tmp_path / "plain"), final_state(tmp_path / name)).values()) < 1e-5, name
+        assert max(differences(final_state(tmp_path / "plain"), final_state(tmp_path / name)).values()) < 1e-4, name
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
