@@ -149,8 +149,8 @@ def demo() -> RunConfig:
         workers=2,
         data=DataConfig(validation_share=0.1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, schedule="cosine", clip_norm=1.0),
-        train=TrainConfig(steps=1400, global_batch_size=64),
-        validation=ValidationConfig(every_steps=350, samples=200, batch_size=200),
+        train=TrainConfig(steps=1000, global_batch_size=64),
+        validation=ValidationConfig(every_steps=250, samples=200, batch_size=200),
     )
 
 
