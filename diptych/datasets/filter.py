@@ -117,9 +117,14 @@ def meta_fields(manifest: Manifest) -> dict[str, str]:
                 kinds.setdefault(name, set()).add(type(value))
             else:
                 kinds.setdefault(name, set())
-    return {
-        name: _sql_type(found) for name, found in kinds.items() if name.lower() not in COLUMNS and name.lower() != "similarity" and name
-    }
+    # SQL does not tell apart names by case: the manifest's own columns come first, then the first of two fields.
+    taken = {*COLUMNS, "similarity"}
+    chosen: dict[str, str] = {}
+    for name, found in kinds.items():
+        if name and "\0" not in name and name.lower() not in taken and len(chosen) < _MOST_FIELDS:
+            taken.add(name.lower())
+            chosen[name] = _sql_type(found)
+    return chosen
 
 
 def similarities(join: EmbeddingJoin, samples: int) -> np.ndarray:
