@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_each_figure_stands_beside_its_target_and_its_baseline(made: Path) -> No
         assert any(character.isdigit() for character in figure["baseline"])
     # So few steps teach nothing, and the summary says so.
     assert summary["reached"] is False
-    page = (made / "report.html").read_text()
+    page = html.unescape((made / "report.html").read_text())
     assert all(figure["name"] in page for figure in summary["figures"])
     assert page.count("data:image/jpeg") >= 40  # captions made of pictures, and pictures found by captions
     assert summary["mlflow"] in page

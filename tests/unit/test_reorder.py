@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from diptych.config import ConfigError
@@ -94,6 +94,8 @@ def test_any_keys_land_in_their_own_row(tmp_path: Path, data: st.DataObject) -> 
     shards = data.draw(st.lists(st.integers(0, 120_000), min_size=1, max_size=4, unique=True))
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     places = data.draw(st.sets(st.tuples(st.sampled_from(shards), st.integers(0, 10**width - 1)), min_size=1, max_size=40))
+    # Where the shards with the shortest names have no embedding at all, no key tells how many digits are the index: that is refused.
+    assume(min(len(f"{shard:05d}") for shard, _ in places) == min(len(f"{shard:05d}") for shard in shards))
     keys = data.draw(st.permutations([f"{shard:05d}{index:0{width}d}" for shard, index in sorted(places)]))
     cut = data.draw(st.integers(0, len(keys)))
     folder = tmp_path / "case"
