@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support_documentation import ALL_BLOCKS, ROOT, Block
 
+from diptych.pipelines import pack
+
 PAGES_WITH_LONG_BLOCKS = sorted({block.page for block in ALL_BLOCKS if block.how == "slow"})
 
 
@@ -21,8 +23,9 @@ def test_there_are_long_blocks() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES_WITH_LONG_BLOCKS, ids=[str(page.relative_to(ROOT)) for page in PAGES_WITH_LONG_BLOCKS])
 def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
-    """Each block starts where the one before it ended, in a folder that holds `photos/` as the page assumes."""
+    """Each block starts where the one before it ended, in a folder that holds `photos/` and `data/shards/`, as the pages assume."""
     make_photos(tmp_path / "photos", 120)
+    pack.run(str(tmp_path / "photos"), str(tmp_path / "data" / "shards"))
     for block in (block for block in ALL_BLOCKS if block.page == page and block.how != "parse"):
         answer = run_block(block, tmp_path)
         assert answer.returncode == 0, f"{block.name}\n{answer.stdout}\n{answer.stderr}"
