@@ -31,7 +31,7 @@ _PER_SHARD = 400
 class DemoOptions(Config):
     """What the demo makes; recorded in its folder, so that a call that goes on with it makes the same."""
 
-    samples: int = 3200
+    samples: int = 4800
     """Scenes."""
     size: int = 128
     """Side of their pictures, in pixels."""
@@ -215,7 +215,7 @@ def _verdict(figure: Figure) -> str:
 def command(
     *,
     out: Annotated[str, typer.Option(help="folder for everything that the demo makes")] = "demo",
-    samples: Annotated[int, typer.Option(help="scenes")] = 3200,
+    samples: Annotated[int, typer.Option(help="scenes")] = 4800,
     coca_steps: Annotated[int, typer.Option(help="optimizer steps of the CoCa; 0 = its recipe's")] = 0,
     prior_steps: Annotated[int, typer.Option(help="optimizer steps of the prior; 0 = its recipe's")] = 0,
     workers: Annotated[int, typer.Option(help="training workers")] = 2,
