@@ -12,6 +12,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+# Scripts of benchmarks/, and what those that need it are called with.
+BENCH ?= ingest scale reorder dedup text prompts clip_vit
+PROMPTS ?= ../shared/data/prompts.txt
+ARGS_text = $(PROMPTS) runs/bench-text
+ARGS_prompts = $(PROMPTS) runs/bench-prompts
+ARGS_clip_vit = runs/bench-clip_vit
+ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
+SIZES ?= clip
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-all lint format bench docs pins clean
@@ -52,8 +60,10 @@ format: $(STAMP)  ## Format and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## The figures that the README quotes, each beside its peer
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(addprefix bench-,$(BENCH))  ## The figures that are quoted, each beside its peer (BENCH="ingest scale" chooses)
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/$*.py $(ARGS_$*)
 
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

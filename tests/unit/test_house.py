@@ -200,6 +200,16 @@ def test_make_targets_that_the_readme_promises_exist() -> None:
     assert "uv run" not in re.sub(r"^#.*$", "", makefile, flags=re.MULTILINE), "Ray would rebuild the environment for each worker"
 
 
+def test_every_benchmark_has_a_target() -> None:
+    """What `make bench` runs exists, and each script can be run by `make bench-NAME`."""
+    makefile = (ROOT / "Makefile").read_text()
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    match = re.search(r"^BENCH \?= (.*)$", makefile, re.MULTILINE)
+    assert match
+    named = set(match[1].split()) | set(re.findall(r"^ARGS_(\w+) =", makefile, re.MULTILINE))
+    assert named == scripts
+
+
 def test_ci_runs_only_what_the_readme_says() -> None:
     """CI is the README's own commands: it may call make and nothing else."""
     lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
