@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.config import ConfigError, RunConfig
+from diptych.config import ConfigError, RunConfig, set_path
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     from diptych.trainers.state import copy_into, persistent_buffers
     from diptych.trainers.tasks import load_task_class
 
-    config = RunConfig.from_json((run_dir / "config.json").read_text())
+    config = _where_it_lies(RunConfig.from_json((run_dir / "config.json").read_text()), run_dir)
     folder = RunFolder(str(run_dir))
     newest = newest_whole(folder)
     if newest is None:
@@ -55,3 +55,11 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     weights = loaded.tensors.weights | (loaded.tensors.ema if averaged else {})
     copy_into(dict(task.named_parameters()) | persistent_buffers(task), weights, f"{run_dir}/{name}")
     return Trained(run_dir, config, task.to(device).eval(), name, loaded.state)
+
+
+def _where_it_lies(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration with the run's own tokenizer at its place in `run_dir`, which may have been moved or copied."""
+    stored, here = Path(str(getattr(config.task, "tokenizer", ""))), run_dir / "inputs" / "tokenizer"
+    if stored.parts[-2:] == here.parts[-2:] and not stored.is_dir() and here.is_dir():
+        return set_path(config, "task.tokenizer", str(here))
+    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_the_card_says_where_the_model_comes_from(run_dir, tmp_path):
     digest = json.loads((run_dir / "driver.json").read_text())["digest"]
     for needed in (digest, "val/perplexity", "40 steps of 8 samples", 'pipeline("text-generation", "card")', '"global_batch_size": 8'):
         assert needed in card, needed
+
+
+def test_a_run_that_was_moved_keeps_its_tokenizer(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "moved")
+    stored = tmp_path / "moved" / "config.json"
+    stored.write_text(stored.read_text().replace(str(run_dir), "/nowhere"))
+    (row,) = generate.run(str(tmp_path / "moved"), ["a red castle,"], device="cpu")["texts"]
+    assert row == generate.run(str(run_dir), ["a red castle,"], device="cpu")["texts"][0]
 
 
 def test_an_export_replaces_nothing_but_an_export(run_dir, tmp_path):
