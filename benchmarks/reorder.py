@@ -92,7 +92,7 @@ def ours(source: Path, out: Path, rows: int) -> None:
     shards = [ShardRows(f"{number:05d}", min(SHARD, rows - number * SHARD)) for number in range(-(-rows // SHARD))]
     samples = np.flatnonzero(np.arange(SHARD) % DEAD != DEAD - 1)
     report = reorder_embeddings(
-        str(source), str(out), shards, lambda name: samples if (int(name) + 1) * SHARD <= rows else samples[samples < rows % SHARD]
+        str(source), str(out), shards, WIDTH, lambda name: samples if (int(name) + 1) * SHARD <= rows else samples[samples < rows % SHARD]
     )
     assert report.faults_total == 0
     assert report.samples_out == report.samples_in

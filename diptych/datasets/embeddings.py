@@ -288,7 +288,8 @@ def _join_reordered(manifest: Manifest, folder: str, which: Sequence[str]) -> Em
             raise ConfigError("data.embeddings", folder, f"clip-retrieval's layout (metadata/, {prefix}/) or {prefix}_SHARD.npy files",
                               f"The task needs {modality} embeddings: `diptych embed` or `diptych reorder` writes them.")  # fmt: skip
         try:
-            width = index_width(names, int(digits.max(initial=0)))
+            first = int(np.argmax(digits > 0))  # any key beside the name of its own tar
+            width = index_width(names[int(manifest.shard_of(np.array([first]))[0])], int(digits[first]))
         except ValueError as error:
             raise ConfigError("data.embeddings", folder, "the reordered layout of these shards", str(error)) from None
         order = sorted(numbered)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from diptych.datasets import folders, ranged, storage
 from diptych.datasets.npy import NpyFile, NpyWriter, open_npy
-from diptych.datasets.reorder_index import ROW_BITS, PlaceIndex, ShardRows, index_width
+from diptych.datasets.reorder_index import ROW_BITS, PlaceIndex, ShardRows
 
 MODALITIES = ("img_emb", "text_emb")
 WINDOW_BYTES = 16 << 20
@@ -104,9 +104,9 @@ def _partition(url: str) -> int:
     return int(digits)
 
 
-def build_index(source: Source, shards: Sequence[ShardRows], folder: Path) -> PlaceIndex:
+def build_index(source: Source, shards: Sequence[ShardRows], width: int, folder: Path) -> PlaceIndex:
     """Sort the keys of all partitions into `folder`; `unplaced` of the result says what has no place."""
-    index: PlaceIndex | None = None
+    index = PlaceIndex(folder, shards, width)
     for number, part in enumerate(source.partitions):
         with folders.open_input(part.metadata) as stream:
             metadata = _open_metadata(part.metadata, stream)
@@ -119,11 +119,7 @@ def build_index(source: Source, shards: Sequence[ShardRows], folder: Path) -> Pl
             column = "image_path" if "image_path" in metadata.schema_arrow.names else "key"
             if column not in metadata.schema_arrow.names:
                 raise ValueError(f"{part.metadata} has neither column image_path nor key; found {metadata.schema_arrow.names}")
-            if index is None:
-                index = PlaceIndex(folder, shards, index_width([shard.name for shard in shards], _key_length(metadata, column)))
             index.add_partition(number, metadata, column)
-    if index is None:
-        raise ValueError("the embeddings are empty")
     index.sort()
     return index
 
@@ -133,17 +129,6 @@ def _open_metadata(url: str, stream: object) -> pq.ParquetFile:
         return pq.ParquetFile(stream, pre_buffer=False)
     except pa.ArrowException as error:
         raise ValueError(f"{url} cannot be read as Parquet ({error}); embed that partition again") from None
-
-
-def _key_length(metadata: pq.ParquetFile, column: str) -> int:
-    keys = next(metadata.iter_batches(1024, columns=[column])).column(0).to_pylist()
-    lengths = [len(key) for key in keys if isinstance(key, str) and key.isascii() and key.isdigit()]
-    if not lengths:
-        raise ValueError(
-            f"keys such as {keys[0]!r} are not a shard's digits followed by an index, so they have no place in DALLE2-pytorch's layout. "
-            "Train on the embeddings as they are: `data.embeddings` joins them by key."
-        )
-    return min(lengths)
 
 
 def write_shards(source: Source, index: PlaceIndex, out: str, may_reuse: bool = False, jobs: int = 2) -> Iterator[ShardResult]:

@@ -93,23 +93,20 @@ def parse_places(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return places, digits
 
 
-def index_width(shard_names: Sequence[str], key_length: int) -> int:
-    """Index digits of the keys, from one key's length and the names of the tars; raises `ValueError` where there are none.
+def index_width(shard_name: str, key_length: int) -> int:
+    """Index digits of a key of `key_length` digits whose tar is named `shard_name`; raises `ValueError` where there are none.
 
-    A tar's name is the shard's part of the key; img2dataset pads it to five digits and lets it grow beyond, the key with it.
+    img2dataset pads a shard's name to five digits and lets it grow beyond, the key with it, so a key is measured against its own tar.
     """
-    if not shard_names:
-        raise ValueError("no tars: their names say which digits of a key are the shard")
-    wrong = [name for name in shard_names if not name.isascii() or not name.isdigit()]
-    if wrong:
+    if not shard_name.isascii() or not shard_name.isdigit():
         raise ValueError(
-            f"{len(wrong)} tars are not named by an integer, such as {wrong[0]!r}: DALLE2-pytorch reads the shard's number from the name. "
+            f"the tar {shard_name!r} is not named by an integer: DALLE2-pytorch reads the shard's number from the name. "
             "Pack or ingest the data again into numbered tars."
         )
-    width = key_length - min(len(name) for name in shard_names)
+    width = key_length - len(shard_name)
     if width < 1:
         raise ValueError(
-            f"keys have {key_length} digits and tars are named with {min(map(len, shard_names))}: no index digits are left. DALLE2-pytorch "
+            f"keys have {key_length} digits and their tar {shard_name} has {len(shard_name)}: no index digits are left. DALLE2-pytorch "
             "takes the row from the last digits of the key, so pack more than one sample per shard."
         )
     return width
@@ -120,6 +117,8 @@ class PlaceIndex:
 
     def __init__(self, folder: Path, shards: Sequence[ShardRows], width: int) -> None:
         self.folder, self.width = folder, width
+        for shard in shards:
+            index_width(shard.name, len(shard.name) + width)  # complains about names that are no integers
         self.shards = sorted(shards, key=lambda shard: shard.number)
         self.numbers = np.array([shard.number for shard in self.shards], np.int64)
         rows = np.array([shard.rows for shard in self.shards], np.int64)

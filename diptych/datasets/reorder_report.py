@@ -48,7 +48,7 @@ class Samples:
         name = shard.rpartition("/")[2].removesuffix(".tar")
         if not key.startswith(name):
             raise ValueError(f"{shard} holds the key {key!r}, which does not begin with the name of its tar; pack or ingest the data again")
-        return cls(manifest, index_width([name], len(key)))
+        return cls(manifest, index_width(name, len(key)))
 
     def shards(self) -> list[ShardRows]:
         """Every shard with its rows: what img2dataset counted, failed downloads included, else up to the highest index of a sample."""
@@ -111,6 +111,7 @@ def reorder_embeddings(
     embeddings: str,
     out: str,
     shards: Sequence[ShardRows],
+    width: int,
     samples: Callable[[str], np.ndarray],
     *,
     overwrite: bool = False,
@@ -119,18 +120,18 @@ def reorder_embeddings(
 ) -> Report:
     """Write the embeddings of the folder `embeddings` below `out`, a file per shard and modality.
 
-    `samples(shard)` gives the sorted indices (int64) of the samples that stand in the tar.
+    `width` is the number of index digits of a key, and `samples(shard)` gives the sorted indices (int64) of the samples that stand in the tar.
     Raises `ValueError` for embeddings without a place, before anything is written, and `ConfigError` for an `out` that holds another result.
     """
     source = reorder.open_source(embeddings)
     fingerprint = _fingerprint(source, shards)
     may_reuse = _claim(out, fingerprint, overwrite)
     with folders.scratch(out, "reorder") as folder:
-        index = reorder.build_index(source, shards, folder)
+        index = reorder.build_index(source, shards, width, folder)
         if index.unplaced.counts:
             raise ValueError(
                 f"{embeddings} has embeddings without a place: {index.unplaced.message()}. Give the shards that were embedded, all of them, "
-                "and embed partitions that overlap again; nothing was written."
+                "and embed partitions that overlap again; nothing was written. Training needs no such layout: `data.embeddings` joins them by key."
             )
         report = Report(samples_in=source.rows, index_width=index.width)
         report.modalities = {kind: f"{dtype} [{dim}]" for kind, (dim, dtype) in source.shapes.items()}

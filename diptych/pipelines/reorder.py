@@ -33,6 +33,7 @@ def run(embeddings: str, shards: str, out: str, *, manifest: str = "", overwrite
             embeddings,
             out,
             rows,
+            samples.width,
             lambda name: samples.indices(number[name]),
             overwrite=overwrite,
             jobs=jobs or os.cpu_count() or 1,

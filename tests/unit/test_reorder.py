@@ -18,7 +18,7 @@ from diptych.datasets import embeddings as joins
 from diptych.datasets import reorder
 from diptych.datasets.manifest import open_manifest
 from diptych.datasets.npy import open_npy
-from diptych.datasets.reorder_index import ShardRows, parse_places
+from diptych.datasets.reorder_index import ShardRows, index_width, parse_places
 from diptych.datasets.reorder_report import reorder_embeddings
 from diptych.datasets.shards import ShardWriter
 from diptych.pipelines.reorder import run
@@ -91,9 +91,8 @@ def test_widths_come_from_the_data_and_gaps_are_zero_rows(tmp_path: Path, width:
 @given(data=st.data())
 def test_any_keys_land_in_their_own_row(tmp_path: Path, data: st.DataObject) -> None:
     width = data.draw(st.integers(1, 3))
-    # Numbers of one length: among names of several lengths the first keys may not tell how many digits are the index, which is refused.
-    numbers = data.draw(st.sampled_from([st.integers(0, 99_999), st.integers(100_000, 120_000)]))
-    shards = data.draw(st.lists(numbers, min_size=1, max_size=4, unique=True))
+    # Also beyond five digits, where img2dataset's names and keys grow.
+    shards = data.draw(st.lists(st.integers(0, 120_000), min_size=1, max_size=4, unique=True))
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     places = data.draw(st.sets(st.tuples(st.sampled_from(shards), st.integers(0, 10**width - 1)), min_size=1, max_size=40))
     keys = data.draw(st.permutations([f"{shard:05d}{index:0{width}d}" for shard, index in sorted(places)]))
@@ -103,7 +102,7 @@ def test_any_keys_land_in_their_own_row(tmp_path: Path, data: st.DataObject) -> 
     write_partitions(folder / "emb", [list(keys[:cut]), list(keys[cut:])], dtype=dtype)
     rows = [ShardRows(f"{shard:05d}", 10**width) for shard in sorted(shards)]
     present = {f"{shard:05d}": np.array(sorted(index for s, index in places if s == shard), np.int64) for shard in shards}
-    report = reorder_embeddings(str(folder / "emb"), str(folder / "out"), rows, present.__getitem__)
+    report = reorder_embeddings(str(folder / "emb"), str(folder / "out"), rows, width, present.__getitem__)
     assert report.samples_out == len(keys)
     assert report.faults_total == 0
     found = {int(path.stem.rpartition("_")[2]): np.load(path) for path in (folder / "out" / "img_emb").iterdir()}
@@ -120,10 +119,10 @@ def test_small_windows_give_the_same_files(tmp_path: Path, monkeypatch: pytest.M
     scrambled = [keys[position] for position in np.random.default_rng(0).permutation(len(keys))]
     write_partitions(tmp_path / "emb", [scrambled])
     rows, nothing = [ShardRows(f"{shard:05d}", 100) for shard in range(3)], np.arange(0, 100, 3)
-    reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "whole"), rows, lambda _: nothing)
+    reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "whole"), rows, 2, lambda _: nothing)
     monkeypatch.setattr(reorder, "WINDOW_BYTES", 7 * DIM * 2)
     monkeypatch.setattr(reorder.ranged, "LOCAL_GAP", 2 * DIM * 2)
-    reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "pieces"), rows, lambda _: nothing)
+    reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "pieces"), rows, 2, lambda _: nothing)
     for path in (tmp_path / "whole" / "img_emb").iterdir():
         assert path.read_bytes() == (tmp_path / "pieces" / "img_emb" / path.name).read_bytes()
 
@@ -136,14 +135,37 @@ def test_small_windows_give_the_same_files(tmp_path: Path, monkeypatch: pytest.M
         (["0000000", "0000099"], "index beyond their shard's number of samples, such as '0000099'"),
         (["0000000", "photo/7.jpg"], "not a shard's digits followed by an index, such as 'photo/7.jpg'"),
         (["photo/7.jpg"], "joins them by key"),
-        (["00000"], "pack more than one sample per shard"),
+        (["00000"], "name a shard that has no tar"),
     ],
 )
 def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path: Path, keys: list[str], message: str) -> None:
     write_partitions(tmp_path / "emb", [["0000001"] * 0 + keys])
     with pytest.raises(ValueError, match=message):
-        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 50)], lambda _: np.arange(50))
+        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 50)], 2, lambda _: np.arange(50))
     assert not list(tmp_path.glob("out/**/*.npy"))
+
+
+def test_shards_without_index_digits_or_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pack more than one sample per shard"):
+        index_width("00000", 5)
+    with pytest.raises(ValueError, match="numbered tars"):
+        index_width("train", 9)
+    write_partitions(tmp_path / "emb", [["0000001"]])
+    with pytest.raises(ValueError, match="numbered tars"):
+        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("part-0", 50)], 2, lambda _: np.arange(50))
+
+
+def test_shards_beyond_five_digits_keep_the_width(tmp_path: Path) -> None:
+    keys = write_shards(tmp_path / "shards", {0: [0, 3], 123_456: [1, 2]}, 10)
+    assert keys == ["000000", "000003", "1234561", "1234562"]
+    write_partitions(tmp_path / "emb", [keys[2:]])
+    result = run(str(tmp_path / "emb"), str(tmp_path / "shards"), str(tmp_path / "out"))
+    assert (result["index_width"], result["samples_out"]) == (1, 2)
+    manifest = open_manifest(str(tmp_path / "shards"))
+    join = joins.join(manifest, str(tmp_path / "out"), ("image",))
+    vectors, bad = join.read(np.arange(4), "image")
+    assert [index for index, _, _ in bad] == [0, 1]
+    np.testing.assert_array_equal(vectors[2:], np.stack([vector(key).astype(np.float32) for key in keys[2:]]))
 
 
 def test_samples_without_a_usable_embedding_are_faults(tmp_path: Path) -> None:
@@ -226,10 +248,10 @@ def test_partitions_that_disagree_are_refused(tmp_path: Path) -> None:
     write_partitions(tmp_path / "emb", [["000000", "000001"], ["000002"]])
     np.save(tmp_path / "emb" / "img_emb" / "img_emb_1.npy", np.ones((2, DIM), np.float16))
     with pytest.raises(ValueError, match="rows disagree"):
-        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 10)], lambda _: np.arange(3))
+        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 10)], 1, lambda _: np.arange(3))
     (tmp_path / "emb" / "img_emb" / "img_emb_1.npy").unlink()
     with pytest.raises(ValueError, match=r"partitions \[1\] stand only in one"):
-        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 10)], lambda _: np.arange(3))
+        reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), [ShardRows("00000", 10)], 1, lambda _: np.arange(3))
 
 
 def test_arrays_that_cannot_be_read_safely_are_refused(tmp_path: Path) -> None:
