@@ -4,7 +4,8 @@
 names every key that a batch may carry with its dtype and shape, the `TypedDict`s below group the keys by kind of data,
 and a task states its `Needs`. No torch, no Ray: the same module serves the command line, the readers and the loop.
 
-Shape legend: B samples of one worker's share, H and W pixels, L tokens, D embedding dimensions.
+Shape legend: B samples of one worker's share, H and W pixels, L tokens, D embedding dimensions, C channels and h and w
+places of a latent, T tokens of an image.
 """
 
 from __future__ import annotations
@@ -35,7 +36,18 @@ FIELDS: dict[str, Field] = {
     "token_mask": Field("bool", ("B", "L"), "True where `tokens` is text (start and end tokens included), not padding"),
     "image_embedding": Field("float32", ("B", "D"), "embedding of the image, joined by key"),
     "text_embedding": Field("float32", ("B", "D"), "embedding of the caption, joined by key"),
+    "latent_mean": Field("float16", ("B", "C", "h", "w"), "mean of the VAE's posterior, unscaled, of one cached variant"),
+    "latent_logvar": Field("float16", ("B", "C", "h", "w"), "log-variance of the VAE's posterior of the same variant"),
+    "text_states": Field("float16", ("B", "L", "D"), "text encoder's states of the caption, from a cache"),
+    "image_states": Field("float16", ("B", "T", "D"), "CLIP's states of one cached variant of the image"),
 }
+
+CACHES: dict[str, tuple[str, ...]] = {
+    "latents": ("latent_mean", "latent_logvar"),
+    "text-states": ("text_states",),
+    "image-states": ("image_states",),
+}
+"""The kinds of `diptych cache`, and the keys of a batch that each holds."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,14 @@ class ImageTextBatch(TextBatch):
     """Images with their captions (coca, stable_diffusion)."""
 
     image: Any
+
+
+class LatentTextBatch(Slots):
+    """Cached latents with cached states of their captions (stable_diffusion without its frozen towers)."""
+
+    latent_mean: Any
+    latent_logvar: Any
+    text_states: Any
 
 
 class EmbeddingPairBatch(Slots):
@@ -144,6 +164,22 @@ class EmbeddingNeed:
 
 
 @dataclass(frozen=True)
+class CachedNeed:
+    """Members computed once by `diptych cache` and joined by key from the folders in `data.caches`.
+
+    A cache holds each sample in variants (crops, each also flipped). Which one fills a slot is a function of (seed, slot)
+    alone, the same for all keys of the batch.
+    """
+
+    keys: tuple[str, ...]
+    """Keys of the batch: any of those in `CACHES`."""
+    flip: float = 0.0
+    """Probability of the flipped variant; above 0 the cache must hold flips."""
+    expected: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What a cache of each kind must have been made with, as `diptych.provenance` says it; keys left out are free."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a task needs of every sample. Only the members behind these are read."""
 
@@ -151,6 +187,7 @@ class Needs:
     tokens: TokenNeed | None = None
     image_embedding: EmbeddingNeed | None = None
     text_embedding: EmbeddingNeed | None = None
+    cached: CachedNeed | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -160,13 +197,14 @@ class Needs:
         wanted |= {"tokens", "token_mask"} if self.tokens else set()
         wanted |= {"image_embedding"} if self.image_embedding else set()
         wanted |= {"text_embedding"} if self.text_embedding else set()
+        wanted |= set(self.cached.keys) if self.cached else set()
         return tuple(key for key in FIELDS if key in wanted)
 
 
 def check_batch(batch: Mapping[str, np.ndarray], needs: Needs) -> None:
     """Raise `ValueError` unless `batch` has exactly the keys, dtypes and shapes that `needs` and `FIELDS` state.
 
-    Arrays may be NumPy arrays; the free sizes (B, H, W, L, D) must agree between keys.
+    Arrays may be NumPy arrays; the free sizes (B, H, W, L, C, h, w, T, not D) must agree between keys.
     """
     if set(batch) != set(needs.keys):
         raise ValueError(f"batch has keys {sorted(batch)}, the task needs {sorted(needs.keys)}")
@@ -180,7 +218,7 @@ def check_batch(batch: Mapping[str, np.ndarray], needs: Needs) -> None:
         if str(array.dtype) != field.dtype or array.ndim != len(field.shape):
             raise ValueError(f"{key}: got {array.dtype} {list(array.shape)}, expected {field.dtype} {list(field.shape)}")
         for letter, size in zip(field.shape, array.shape, strict=True):
-            # D is not shared: image and text embeddings may differ.
+            # D is not shared: embeddings and states of images and texts may differ.
             expected = letter if isinstance(letter, int) else size if letter == "D" else sizes.setdefault(letter, size)
             if expected != size:
                 raise ValueError(f"{key}: got {list(array.shape)}, expected {letter} = {expected}")

@@ -92,6 +92,8 @@ class DataConfig(Config):
     """Keep-lists (Parquet); a sample is used if all of them keep it."""
     embeddings: str = ""
     """Folder of precomputed embeddings: clip-retrieval's layout or the reordered one."""
+    caches: Paths = ()
+    """Folders that `diptych cache` wrote (latents, text states, image states), for tasks that read them instead of computing them."""
     validation_share: float = pydantic.Field(0.02, ge=0, lt=1)
     """Share of the samples held out for validation, chosen by hash of the key."""
     split_seed: int = 0

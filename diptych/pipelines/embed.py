@@ -6,7 +6,6 @@ samples of an existing folder again, whoever made it, and compares.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ import typer
 
 from diptych.config import Config, ConfigError, Paths, build
 from diptych.pipelines.console import finish, note, progress, show_faults
+from diptych.provenance import weights_digest
 
 if TYPE_CHECKING:
     from diptych.pipelines.embed_worker import EmbedSpec
@@ -123,25 +123,13 @@ def _provenance(spec: EmbedSpec, options: EmbedOptions) -> dict[str, Any]:
     """What the embeddings depend on."""
     return {
         "model": str(Path(options.model).absolute()) if Path(options.model).is_dir() else options.model,
-        "weights": _weights_digest(options.model),
+        "weights": weights_digest(options.model.removeprefix("sentence:")),
         "modalities": list(options.modalities),
         "precision": options.precision,
         "data_digest": spec.selection.digest,
         "partition_size": spec.layout.partition_size,
         "dtype": "float16",
     }
-
-
-def _weights_digest(model: str) -> str:
-    """sha256 of a local folder's weights; empty for a name, which its tag identifies."""
-    folder = Path(model.removeprefix("sentence:"))
-    if not folder.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(path for suffix in ("safetensors", "bin", "pt") for path in folder.rglob(f"*.{suffix}")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _computed(spec: EmbedSpec, options: EmbedOptions, missing: list[int]) -> Iterator[int]:
