@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.batches import StepBatch
 from diptych.config import ConfigError, RunConfig
+from diptych.pipelines.runs_folder import read_driver
 from diptych.pipelines.samples import write_samples
+from diptych.pipelines.tracking import driver_identity
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +27,16 @@ if TYPE_CHECKING:
     from diptych.pipelines.prepare import Prepared
     from diptych.trainers.loop import Callbacks
     from diptych.trainers.task import Batch, Task
+    from diptych.trainers.world import World
 
 StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[StepBatch]]
 """`(spec, rank, world_size, start_step, stop_step)` → this worker's shares; a stop of None is the end of a finite stream."""
 
 
 def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
-    """What a worker is handed: configuration, run folder, streams and the data's digest; small and picklable."""
+    """What a worker is handed: configuration, run folder, its driver, streams and the data's digest; small and picklable."""
     return {
+        "driver": driver_identity(),
         "config": prepared.config.to_json(),
         "run_dir": str(run_dir),
         "train": prepared.train,
@@ -59,10 +63,12 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
     """Train from where the run stands to its end; rank 0 also writes `result.json`.
 
     Errors that all workers raise together and that a retry would only repeat (a spent fault budget, a diverged loss, a
-    configuration that does not fit) end the run as `failed`; everything else is raised, and Ray tries again.
+    configuration that does not fit) end the run as `failed`; everything else is raised, and Ray tries again. A group that was
+    superseded ends as `fenced` and leaves no result: tried again, it would supersede the group that has taken over.
     """
     import torch
 
+    from diptych.trainers.attempts import Fenced
     from diptych.trainers.guard import Diverged
     from diptych.trainers.loop import train
     from diptych.trainers.precision import set_deterministic
@@ -80,6 +86,7 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
             set_deterministic()
         torch.manual_seed(config.seed)
         strategy = make_strategy(config, load_task_class(config.task.name)(config.task, config.seed), device)
+        _check_driver(payload["driver"], run_dir, world)
         attempt = start_attempt(str(run_dir), world)
         recorder = Recorder(str(run_dir), attempt, world, config, payload["digest"])
 
@@ -92,14 +99,24 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
         held_out = validation if payload["validation"] is not None else None
         ended = train(config, strategy, stream, held_out, recorder, callbacks=_callbacks(payload, config, attempt.attempt, world.rank))
         result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
-    except (ConfigError, Diverged, FaultBudgetExceeded) as error:
-        result = {"status": "failed", "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
+    except (ConfigError, Diverged, FaultBudgetExceeded, Fenced) as error:
+        status = "fenced" if isinstance(error, Fenced) else "failed"
+        result = {"status": status, "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
     result["world_size"] = world.size
-    if world.rank == 0:
+    if world.rank == 0 and result["status"] != "fenced":
         temporary = run_dir / "result.json.tmp"
         temporary.write_text(json.dumps(result))
         temporary.replace(run_dir / "result.json")
     return result
+
+
+def _check_driver(driver: str, run_dir: Path, world: World) -> None:
+    """Raise `Fenced`, on every worker, if the run has another driver by now: Ray may start workers again for one that is gone."""
+    from diptych.trainers.attempts import Fenced
+
+    found = world.broadcast_object(read_driver(run_dir).get("driver") if world.rank == 0 else None)
+    if found and found != driver:
+        raise Fenced(f"the run in {run_dir} is driven by {found} now; the workers of {driver} do not start")
 
 
 def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: int, rank: int) -> Callbacks:

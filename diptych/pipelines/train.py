@@ -85,7 +85,9 @@ def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     if errors:
         note(f"the run stands in {run_dir}; the same command with name={run_dir.name} resumes it")
         return _failure(run_dir, prepared.config, errors[0])
-    result = json.loads(outcome.read_text())
+    # Without one the workers were fenced: another driver has the run.
+    fenced = {"status": "failed", "step": 0, "samples": 0, "metrics": {}, "error": f"another driver has taken over the run in {run_dir}"}
+    result = json.loads(outcome.read_text()) if outcome.is_file() else fenced
     if result["error"]:
         note(f"failed: {result['error']}")
         result |= {key: runs_folder.latest_state(run_dir).get(key, 0) for key in ("step", "samples")}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from diptych.batches import StepBatch
 from diptych.config import ConfigError, RunConfig
-from diptych.trainers.attempts import Attempt, check_fence, checkpoint_name
+from diptych.trainers.attempts import Attempt, Fenced, checkpoint_name
 from diptych.trainers.checkpoint import Checkpoint, CheckpointWriter, begin_attempt, load
 from diptych.trainers.journal import MetricsLog, Trace
 from diptych.trainers.progress import Progress
@@ -67,14 +68,32 @@ class Recorder:
             self.metrics_log.add(step, metrics)
 
     def checkpoint(self, strategy: Strategy, progress: Progress) -> None:
-        """Copy the state now and write it behind the next steps. Every worker calls it at the same step."""
+        """Copy the state now and write it behind the next steps. Every worker calls it at the same step.
+
+        Raises `Fenced`, on every worker, if a newer attempt has taken over.
+        """
         self._flush(progress.step)
         tensors = strategy.state()
         best = progress.saving(self.config, checkpoint_name(progress.step, self.attempt.attempt))
-        if self.writer is not None:
+
+        def save(writer: CheckpointWriter) -> None:
             assert tensors is not None
             assert self.metrics_log is not None
-            self.writer.save(tensors, progress.to_state() | self._facts(progress), best, self.metrics_log.committed)
+            writer.save(tensors, progress.to_state() | self._facts(progress), best, self.metrics_log.committed)
+
+        self._write(save)
+
+    def _write(self, write: Callable[[CheckpointWriter], object]) -> None:
+        """`write` on rank 0. If it is fenced, all workers are, together: one that only saw a peer vanish would be started again."""
+        verdict = None
+        if self.writer is not None:
+            try:
+                write(self.writer)
+            except Fenced as error:
+                verdict = str(error)
+        verdict = self.world.broadcast_object(verdict)
+        if verdict is not None:
+            raise Fenced(verdict)
 
     def _facts(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -94,11 +113,6 @@ class Recorder:
             self.trace.flush(step)
             self.world.barrier()
 
-    def check_fence(self) -> None:
-        """Raise `Fenced` on rank 0 once a newer attempt has taken over."""
-        if self.world.rank == 0:
-            check_fence(self.folder, self.attempt.attempt)
-
     def __enter__(self) -> Recorder:
         return self
 
@@ -112,6 +126,5 @@ class Recorder:
 
     def close(self, step: int) -> None:
         """Write what is left and wait for the last checkpoint; raises its error."""
-        if self.writer is not None:
-            self.writer.wait()
+        self._write(CheckpointWriter.wait)
         self._flush(step)

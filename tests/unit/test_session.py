@@ -1,0 +1,68 @@
+"""A training session that was superseded ends by itself, on every worker: raised, its end would make Ray start it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support_distributed import run_workers
+from support_runs import make_shards, overrides
+
+from diptych.batches import StepBatch
+from diptych.config import RunConfig
+from diptych.datasets.stream import LocalStream, StreamSpec
+from diptych.pipelines.runs_folder import write_driver
+from diptych.pipelines.session import payload_of, run_session
+from diptych.trainers.attempts import newest_attempt
+from diptych.trainers.checkpoint import begin_attempt
+from diptych.trainers.runfolder import RunFolder
+
+TAKEN_OVER = 5
+
+
+def session(payload: dict[str, Any]) -> dict[str, Any]:
+    """On each worker: another group begins an attempt while this one is at step `TAKEN_OVER`."""
+
+    def stream(spec: StreamSpec, rank: int, size: int, first: int, stop: int | None) -> Iterator[StepBatch]:
+        for share in LocalStream(spec, rank, size, first, stop):
+            if share.step == TAKEN_OVER and rank == 0:
+                begin_attempt(payload["run_dir"], size)
+            yield share
+
+    return run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), stream)
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    from diptych.pipelines import train
+    from diptych.pipelines.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("fenced")
+    settings = overrides(make_shards(folder / "shards", 24), "run", train__steps=12, checkpoint__every_steps=3)
+    config = train.resolve("coca", "smoke", "", [*settings, "task.tokenizer=train:64", "data.validation_share=0"])
+    (folder / "run").mkdir()
+    return payload_of(prepare(config, folder / "run"), folder / "run")
+
+
+def test_a_fenced_group_ends_together_and_leaves_the_run_to_the_newer_attempt(payload: dict[str, Any]) -> None:
+    folder = RunFolder(payload["run_dir"])
+    results = run_workers(session, 2, payload)
+    assert [result["status"] for result in results] == ["fenced", "fenced"]
+    assert all("superseded by attempt 2" in result["error"] for result in results)
+    assert newest_attempt(folder) == 2
+    assert folder.names("checkpoints") == ["step_00000003-a0001"], "the last one before the takeover"
+    assert not Path(payload["run_dir"], "result.json").exists(), "which is the newer attempt's to write"
+
+
+def test_workers_of_a_driver_that_was_replaced_begin_no_attempt(payload: dict[str, Any]) -> None:
+    run_dir = Path(payload["run_dir"])
+    before = newest_attempt(RunFolder(payload["run_dir"]))
+    write_driver(run_dir, {"driver": "elsewhere:1:2", "status": "running"})
+    result = run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), LocalStream)
+    assert (result["status"], "elsewhere:1:2" in result["error"]) == ("fenced", True)
+    assert newest_attempt(RunFolder(payload["run_dir"])) == before
+    assert json.loads((run_dir / "driver.json").read_text())["driver"] == "elsewhere:1:2"
