@@ -80,14 +80,14 @@ def default_partition_size(samples: int) -> int:
     return min(max(math.ceil(samples / 64), 2048), 100_000)
 
 
-def claim(folder: str, provenance: dict[str, Any]) -> None:
-    """Record what fills `folder`. Raises `ConfigError` that names the difference if something else has begun it."""
-    place = storage.join(folder, PROVENANCE)
-    former = read_provenance(folder)
+def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE) -> None:
+    """Record what fills `folder` in its file `name`. Raises `ConfigError` that names the difference if something else has begun it."""
+    place = storage.join(folder, name)
+    former = read_provenance(folder, name)
     if former is None:
         if storage.exists(storage.join(folder, "metadata")):
             raise ConfigError(
-                "OUT", folder, "a new folder, or one that the same call began", "It holds embeddings that `embed` did not make."
+                "OUT", folder, "a new folder, or one that the same call began", "It holds partitions that this verb did not make."
             )
         storage.write_bytes(place, json.dumps(provenance, indent=2).encode())
         return
@@ -97,9 +97,9 @@ def claim(folder: str, provenance: dict[str, Any]) -> None:
             raise ConfigError("OUT", folder, "a new folder, or one that the same call began", remedy)
 
 
-def read_provenance(folder: str) -> dict[str, Any] | None:
+def read_provenance(folder: str, name: str = PROVENANCE) -> dict[str, Any] | None:
     """What `claim` recorded, or None."""
-    place = storage.join(folder, PROVENANCE)
+    place = storage.join(folder, name)
     return json.loads(storage.read_bytes(place)) if storage.exists(place) else None
 
 

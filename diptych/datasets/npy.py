@@ -1,4 +1,4 @@
-"""Two-dimensional `.npy` files, read by ranges and written in pieces; nothing is ever unpickled.
+"""`.npy` files of rows, read by ranges and written in pieces; nothing is ever unpickled.
 
 The format is NumPy's own (numpy.lib.format, versions 1 and 2): a short header, then the rows one after the other.
 """
@@ -22,14 +22,20 @@ _HEADER_BYTES = 4096
 
 @dataclass(frozen=True)
 class NpyFile:
-    """Where the rows of a two-dimensional array of floats stand in a file."""
+    """Where the rows of an array of floats [rows, …] stand in a file."""
 
     url: str
     rows: int
-    dim: int
+    shape: tuple[int, ...]
+    """Of one row."""
     dtype: np.dtype
     offset: int
     """Bytes before the first row."""
+
+    @property
+    def dim(self) -> int:
+        """Numbers of one row."""
+        return math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
@@ -42,8 +48,8 @@ class NpyFile:
         return np.frombuffer(data, self.dtype).reshape(stop - start, self.dim)
 
 
-def open_npy(url: str) -> NpyFile:
-    """Read the header of an array of float [rows, dim].
+def open_npy(url: str, sides: int = 1) -> NpyFile:
+    """Read the header of an array of float [rows, dim], or of rows with more `sides`.
 
     Raises `ValueError` for anything else: pickled objects, other shapes or types, Fortran order, a file that was cut.
     """
@@ -52,10 +58,11 @@ def open_npy(url: str) -> NpyFile:
         found = check_header(ranged.read_range(url, 0, min(size, _HEADER_BYTES)), size)
     except ValueError as error:
         raise ValueError(f"{url} {error}") from None
-    if len(found.shape) != 2 or found.fortran or found.dtype.kind != "f" or found.dtype.itemsize > 8:
+    if len(found.shape) != 1 + sides or found.fortran or found.dtype.kind != "f" or found.dtype.itemsize > 8:
         order = "Fortran order" if found.fortran else "C order"
-        raise ValueError(f"{url} holds {found.dtype} {list(found.shape)} in {order}; expected float [rows, dim] in C order")
-    return NpyFile(url, found.shape[0], found.shape[1], found.dtype, found.offset)
+        expected = "[rows, dim]" if sides == 1 else f"[rows, …] of {1 + sides} dimensions"
+        raise ValueError(f"{url} holds {found.dtype} {list(found.shape)} in {order}; expected float {expected} in C order")
+    return NpyFile(url, found.shape[0], found.shape[1:], found.dtype, found.offset)
 
 
 class Header(NamedTuple):

@@ -9,7 +9,8 @@ Shape legend: B rows, D dimensions, L tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 from diptych.batches import FIELDS, EmbeddingNeed, Fault, ImageNeed, Needs, TokenNeed
 from diptych.config import ConfigError, DataConfig
 from diptych.datasets import images, storage
+from diptych.datasets.cached import CacheJoin, read_cached
 from diptych.datasets.embeddings import EmbeddingJoin
 from diptych.datasets.manifest import Manifest
 from diptych.datasets.survey import IMAGE_EXTENSIONS
@@ -45,15 +47,19 @@ class SampleSource:
     retries: int = storage.READ_RETRIES
     """Repetitions of one read after a transient error."""
     decoder: images.Decoder = "pil"
+    caches: tuple[str, ...] = ()
+    """Folders of the saved `CacheJoin`s."""
     digest: str = ""
     """Of the manifest, so that a restarted worker never reads the rows of data that changed meanwhile."""
 
     @classmethod
-    def of(cls, manifest: Manifest, joined: EmbeddingJoin | None, data: DataConfig) -> SampleSource:
-        """The source of an open manifest and a saved join. The decoder is chosen here, so that all workers have the same."""
-        assert joined is None or joined.saved, "save the join first: readers load it from its folder"
-        join = joined.saved if joined is not None else ""
-        return cls(manifest.folder, manifest.root, join, data.read_retries, images.choose_decoder(data.decoder), manifest.digest)
+    def of(cls, manifest: Manifest, joined: EmbeddingJoin | None, data: DataConfig, caches: Sequence[CacheJoin] = ()) -> SampleSource:
+        """The source of an open manifest and saved joins. The decoder is chosen here, so that all workers have the same."""
+        saved = [each.saved for each in (*([joined] if joined is not None else []), *caches)]
+        assert all(saved), "save the joins first: readers load them from their folders"
+        join = saved.pop(0) if joined is not None else ""
+        decoder = images.choose_decoder(data.decoder)
+        return cls(manifest.folder, manifest.root, join, data.read_retries, decoder, tuple(saved), manifest.digest)
 
     def opened(self) -> OpenSource:
         """The open source of this process."""
@@ -65,12 +71,14 @@ class OpenSource(NamedTuple):
 
     manifest: Manifest
     join: EmbeddingJoin | None
+    caches: tuple[CacheJoin, ...] = ()
 
 
 @functools.lru_cache(maxsize=4)
 def _open(source: SampleSource) -> OpenSource:
     manifest = Manifest.load(source.manifest, source.root, source.digest)
-    return OpenSource(manifest, EmbeddingJoin.load(Path(source.join)) if source.join else None)
+    join = EmbeddingJoin.load(Path(source.join)) if source.join else None
+    return OpenSource(manifest, join, tuple(CacheJoin.load(Path(folder)) for folder in source.caches))
 
 
 class Samples(NamedTuple):
@@ -119,13 +127,18 @@ def read_rows(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: 
 
     Raises `ReadError` where a read fails for good, `ConfigError` where the source lacks what `needs` asks for.
     """
-    manifest, join = source.opened()
+    manifest, join, caches = source.opened()
     found = _Found(rows, slots)
     arrays = {"slot": np.array(slots, np.int64), "row": np.array(rows, np.int64)}
     # What is cheap comes first: a sample that is bad already is not decoded.
     for key, need in (("image_embedding", needs.image_embedding), ("text_embedding", needs.text_embedding)):
         if need is not None:
             arrays[key] = _read_embeddings(join, key.removesuffix("_embedding"), need, source.retries, found)
+    if needs.cached is not None:
+        cached = read_cached(caches, needs.cached, found.rows, found.slots, seed, source.retries)
+        arrays |= cached.arrays
+        for index, kind, detail in cached.faults:
+            found.add(index, kind, detail)
     if needs.tokens is not None:
         arrays["tokens"], arrays["token_mask"] = _read_tokens(manifest, needs.tokens, found)
     bytes_read = 0
@@ -138,12 +151,15 @@ def read_rows(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: 
     return Samples({key: arrays[key] for key in FIELDS if key in arrays}, found.faults(manifest), bytes_read)
 
 
-def row_bytes(needs: Needs, dims: dict[str, int]) -> int:
-    """Bytes of one decoded row; `dims` has the dimension of every embedding by its key."""
+def row_bytes(needs: Needs, source: OpenSource) -> int:
+    """Bytes of one decoded row."""
     total = sum(np.dtype(FIELDS[key].dtype).itemsize for key in ("slot", "row", "weight"))
     total += 3 * needs.image.size**2 if needs.image else 0
     total += 9 * needs.tokens.length if needs.tokens else 0
-    return total + sum(4 * dim for dim in dims.values())
+    kinds = [kind for kind in ("image", "text") if getattr(needs, f"{kind}_embedding") is not None]
+    total += sum(4 * source.join.dim(kind) for kind in kinds if source.join is not None and kind in source.join.which)
+    keys = needs.cached.keys if needs.cached else ()
+    return total + sum(2 * math.prod(cache.shape(key)) for cache in source.caches for key in cache.which if key in keys)
 
 
 def _read_embeddings(join: EmbeddingJoin | None, which: str, need: EmbeddingNeed, retries: int, found: _Found) -> np.ndarray:

@@ -170,9 +170,7 @@ class Plan:
         return most // self.share * self.share if most >= self.share else most
 
     def _row_bytes(self) -> int:
-        needs, join = self.spec.needs, self.spec.source.opened().join
-        kinds = [kind for kind in ("image", "text") if getattr(needs, f"{kind}_embedding") is not None]
-        return row_bytes(needs, {kind: join.dim(kind) for kind in kinds if join is not None and kind in join.which})
+        return row_bytes(self.spec.needs, self.spec.source.opened())
 
 
 class Assembler:

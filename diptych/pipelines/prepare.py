@@ -15,6 +15,7 @@ from diptych.config import ConfigError, RunConfig, set_path
 from diptych.pipelines.console import note, progress
 
 if TYPE_CHECKING:
+    from diptych.datasets.cached import CacheJoin
     from diptych.datasets.embeddings import EmbeddingJoin
     from diptych.datasets.manifest import Manifest
     from diptych.datasets.stream import StreamSpec
@@ -30,7 +31,7 @@ class Prepared:
     train: StreamSpec
     validation: StreamSpec | None
     facts: dict[str, Any]
-    """`digest` (of the data as selected), `samples`, `validation_samples`, `captions`, `images`, `image_dim`, `text_dim`, …"""
+    """`digest` (of the data as selected), `samples`, `validation_samples`, `captions`, `images`, `image_dim`, `text_dim`, `latent_mean_shape` and the like of cached keys, …"""
 
 
 def open_shards(config: RunConfig) -> Manifest:
@@ -61,6 +62,19 @@ def join_embeddings(config: RunConfig, manifest: Manifest, needs: Needs, folder:
     return joined
 
 
+def join_caches(config: RunConfig, manifest: Manifest, needs: Needs, folder: Path) -> list[CacheJoin]:
+    """Join what the task needs of `diptych cache`'s folders by key, saying aloud what is missing."""
+    if needs.cached is None:
+        return []
+    from diptych.datasets.cached import join_caches as join
+
+    joins = join(manifest, config.data.caches, needs.cached)
+    for joined in joins:
+        joined.save(folder / str(joined.about["kind"]))
+        note(f"cached {joined.about['kind']}: {joined.matched:,} of {manifest.samples:,} samples joined by key")
+    return joins
+
+
 def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path) -> RunConfig:
     """Train the tokenizer that `task.tokenizer=train:SIZE` asks for on the captions, once per run."""
     spec = getattr(config.task, "tokenizer", "")
@@ -89,6 +103,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     joined = join_embeddings(config, manifest, needs, inputs / "join")
     if joined is not None:
         facts |= {f"{name}_dim": joined.dim(name) for name in joined.which}
+    caches = join_caches(config, manifest, needs, inputs / "caches")
+    facts |= {f"{key}_shape": cache.shape(key) for cache in caches for key in cache.which}
     task = config.task.resolve(facts)
     task.check_data(facts)
     config = config.model_copy(update={"task": task})
@@ -98,7 +114,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         raise ConfigError(
             "data.keep", list(config.data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`."
         )
-    source = SampleSource.of(manifest, joined, config.data)
+    source = SampleSource.of(manifest, joined, config.data, caches)
     specs = {
         name: StreamSpec.of(source, selection.save(inputs / f"{name}.npy"), config, finite=name == "validation")
         for name, selection in (("train", train), ("validation", held_out))
