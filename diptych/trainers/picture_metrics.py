@@ -8,6 +8,7 @@ Shape legend: N pictures, H and W pixels, D dimensions.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +141,10 @@ class Inception:
         pooled, logits = [], []
         for start in range(0, len(images), _BATCH):
             batch = torch.from_numpy(images[start : start + _BATCH]).permute(0, 3, 1, 2).to(self.device)
-            found = self.model(batch) if len(batch) > 1 else self.model(batch.repeat(2, 1, 1, 1))
-            pooled.append(found[0][: len(batch)].float().cpu().numpy())
-            logits.append(found[1][: len(batch)].float().cpu().numpy())
+            # Its `forward` keeps the first of the features only; FID, KID and IS share one pass here.
+            found = self.model._torch_fidelity_forward(batch)
+            pooled.append(found[0].float().cpu().numpy())
+            logits.append(found[1].float().cpu().numpy())
         return np.concatenate(pooled), np.concatenate(logits)
 
 
@@ -156,7 +158,8 @@ def inception_distances(real: np.ndarray, made: np.ndarray, logits: np.ndarray, 
     from torchmetrics.image.kid import KernelInceptionDistance
 
     subset = min(1000, len(real), len(made))
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features", category=UserWarning)
         torch.manual_seed(seed)
         kid = KernelInceptionDistance(feature=_Given(real.shape[1]), subset_size=subset)
         kid.update(torch.from_numpy(real), real=True)
