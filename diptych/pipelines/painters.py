@@ -45,7 +45,7 @@ class PainterSpec:
     def of_base(self) -> PainterSpec | None:
         """The model that the run started from; None where it started from nothing that makes pictures."""
         run = self.run_of("stable_diffusion")
-        started = run is not None and getattr(_config(run).task, "pretrained", "")
+        started = run is not None and str(getattr(_config(run).task, "pretrained", ""))
         return replace(self, base=True) if started else None
 
 
