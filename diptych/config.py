@@ -210,7 +210,15 @@ class ClusterConfig(Config):
     autoscaling: bool = False
     """The cluster grows to what is asked for: wait for nodes instead of refusing."""
     max_failures: int = pydantic.Field(3, ge=0)
-    """Times that a lost worker or node is replaced before the run fails."""
+    """Times that a failed or lost worker or node is replaced before the run fails; a node taken back with notice counts under neither."""
+    controller_failures: int = pydantic.Field(3, ge=0)
+    """Times that a group of workers that cannot be started is tried again."""
+    storage_retries: int = pydantic.Field(5, ge=0)
+    """Repeated tries of one access to a remote run folder after a transient error, with exponential backoff."""
+    start_timeout_seconds: float = pydantic.Field(300.0, gt=0)
+    """A group of workers that is not up by then counts as a controller failure."""
+    resize_seconds: float = pydantic.Field(60.0, gt=0)
+    """Seconds between looks at the cluster for room to grow, for a range of workers."""
     storage: str = ""
     """Folder shared by all nodes for Ray's own files; empty = the run folder."""
 
@@ -241,8 +249,8 @@ class RunConfig(Config):
     """Folder or URL for run folders; on a cluster, storage that all nodes share."""
     seed: int = 0
     """Seed of weights, order and all counted randomness."""
-    workers: int = pydantic.Field(1, ge=1)
-    """Training workers."""
+    workers: int | str = 1
+    """Training workers; `2..8` = as many of 2 to 8 as the cluster has room for, growing and shrinking with it."""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -259,6 +267,28 @@ class RunConfig(Config):
             fields = {key: item for key, item in value.items() if key != "name"}
             return task_config_class(value["name"])(**fields)
         return value
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _read_workers(cls, value: Any) -> Any:
+        first, dots, last = value.partition("..") if isinstance(value, str) else (value, "", "")
+        try:
+            least, most = int(first), int(last or first)
+        except (TypeError, ValueError):
+            least, most = 0, 0
+        if isinstance(value, bool) or (isinstance(value, float) and value != least) or not 1 <= least <= most or bool(dots) != bool(last):
+            raise ValueError("a whole number from 1 on, or a range such as 2..8")
+        return least if least == most else f"{least}..{most}"
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which the run does not start."""
+        return int(str(self.workers).partition("..")[0])
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the run takes at most; more than `least_workers` if it is elastic."""
+        return int(str(self.workers).rpartition("..")[2])
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

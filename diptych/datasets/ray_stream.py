@@ -105,9 +105,9 @@ class SlotsDatasource(Datasource):
 class _Segment:
     """Consecutive blocks in one execution of Ray Data, begun at once in a thread of its own."""
 
-    def __init__(self, plan: Plan, first: int, stop: int, cpus: float) -> None:
+    def __init__(self, plan: Plan, first: int, stop: int, cpus: float, claims: bool) -> None:
         self.first, self.stop = first, stop
-        self._plan, self._cpus = plan, cpus
+        self._plan, self._cpus, self._claims = plan, cpus, claims
         self._blocks: list[Block] = []
         self._tables: Iterator[pa.Table] = iter(())
         self._head: pa.Table | None = None
@@ -119,7 +119,7 @@ class _Segment:
         try:
             source = SlotsDatasource(self._plan, self.first, self.stop)
             self._blocks = source.blocks
-            dataset = _dataset(source, self._cpus, self._plan)
+            dataset = _dataset(source, self._cpus, self._claims, self._plan)
             self._tables = iter(
                 dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self._plan.spec.prefetch_blocks)
             )
@@ -154,10 +154,11 @@ class _Segment:
             close()
 
 
-def _dataset(source: SlotsDatasource, cpus: float, plan: Plan) -> Any:
+def _dataset(source: SlotsDatasource, cpus: float, claims: bool, plan: Plan) -> Any:
     # As many tasks as CPUs begun; the parts are rounded down so that all of them fit under the limit.
     tasks = max(1, math.ceil(cpus))
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.blocks), num_cpus=math.floor(cpus / tasks * 1e4) / 1e4)
+    part = math.floor(cpus / tasks * 1e4) / 1e4 if claims else 0
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.blocks), num_cpus=part, concurrency=tasks)
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -174,12 +175,24 @@ def _dataset(source: SlotsDatasource, cpus: float, plan: Plan) -> Any:
 
 
 class RayStream:
-    """This worker's shares of the steps [start_step, stop_step), read by Ray Data with at most `cpus` logical CPUs."""
+    """This worker's shares of the steps [start_step, stop_step), read by Ray Data with at most `cpus` logical CPUs.
 
-    def __init__(self, spec: StreamSpec, rank: int, world_size: int, start_step: int, stop_step: int | None, cpus: float = 1.0) -> None:
+    Without `claims` the read tasks run beside whatever else the cluster does, as many at once, and claim no CPU for themselves.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        stop_step: int | None,
+        cpus: float = 1.0,
+        claims: bool = True,
+    ) -> None:
         if cpus <= 0:
             raise ValueError(f"cpus: {cpus} logical CPUs for reading; at least a part of one is needed (cluster.data_cpus)")
-        self.plan, self.cpus = Plan(spec, rank, world_size, start_step, stop_step), cpus
+        self.plan, self.cpus, self.claims = Plan(spec, rank, world_size, start_step, stop_step), cpus, claims
         # Ray Data tells of every execution, and that it shows no bars; a run has one execution per segment.
         logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -196,7 +209,7 @@ class RayStream:
 
         def begin(first: int) -> None:
             if first < self.plan.blocks:
-                segments.append(_Segment(self.plan, first, min(first + SEGMENT_BLOCKS, self.plan.blocks), self.cpus))
+                segments.append(_Segment(self.plan, first, min(first + SEGMENT_BLOCKS, self.plan.blocks), self.cpus, self.claims))
 
         begin(0)
         try:

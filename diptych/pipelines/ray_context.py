@@ -17,9 +17,9 @@ _MEMORY_PER_WORKER_GB = 0.75
 """Resident memory of a training worker with torch, Ray and a small model, measured on a CPU."""
 
 
-def required_cpus(config: RunConfig) -> float:
-    """Logical CPUs that a run holds: its workers and its readers."""
-    return config.workers * config.cluster.cpus_per_worker + config.cluster.data_cpus
+def required_cpus(config: RunConfig, workers: int = 0) -> float:
+    """Logical CPUs that a run holds with `workers` (0 = its most) workers: theirs and its readers'."""
+    return (workers or config.most_workers) * config.cluster.cpus_per_worker + config.cluster.data_cpus
 
 
 def joins_cluster(config: RunConfig) -> bool:
@@ -29,20 +29,21 @@ def joins_cluster(config: RunConfig) -> bool:
 
 def preflight(config: RunConfig) -> None:
     """Refuse, before any Ray starts, what a local Ray could never schedule; raises `ConfigError` with the arithmetic."""
+    _check_elastic(config)
     if joins_cluster(config):
         return
     import psutil
 
     cores = os.cpu_count() or 1
-    needed = required_cpus(config)
-    arithmetic = f"{config.workers} workers × {config.cluster.cpus_per_worker:g} + {config.cluster.data_cpus} for data = {needed:g} CPUs"
+    workers, needed = config.most_workers, required_cpus(config)
+    arithmetic = f"{workers} workers × {config.cluster.cpus_per_worker:g} + {config.cluster.data_cpus} for data = {needed:g} CPUs"
     declared = config.cluster.logical_cpus
     if declared and needed > declared:
         raise ConfigError(
             "cluster.logical_cpus", declared, f"at least {needed:g}: {arithmetic}", "Raise it, or lower workers or cluster.data_cpus."
         )
     most_workers = max(8, 4 * cores)
-    if config.workers > most_workers:
+    if workers > most_workers:
         raise ConfigError(
             "workers",
             config.workers,
@@ -50,18 +51,29 @@ def preflight(config: RunConfig) -> None:
             "Lower workers, or join a cluster with cluster.address.",
         )
     memory_gb = psutil.virtual_memory().total / 1e9
-    if config.workers * _MEMORY_PER_WORKER_GB > memory_gb:
+    if workers * _MEMORY_PER_WORKER_GB > memory_gb:
         raise ConfigError(
             "workers",
             config.workers,
-            f"at most {int(memory_gb / _MEMORY_PER_WORKER_GB)}: {config.workers} × {_MEMORY_PER_WORKER_GB} GB exceed {memory_gb:.0f} GB",
+            f"at most {int(memory_gb / _MEMORY_PER_WORKER_GB)}: {workers} × {_MEMORY_PER_WORKER_GB} GB exceed {memory_gb:.0f} GB",
         )
-    if config.cluster.gpus_per_worker and config.workers * config.cluster.gpus_per_worker > (gpus := local_gpus()):
+    if config.cluster.gpus_per_worker and workers * config.cluster.gpus_per_worker > (gpus := local_gpus()):
         raise ConfigError(
             "cluster.gpus_per_worker",
             config.cluster.gpus_per_worker,
-            f"at most {gpus} GPUs here: {config.workers} workers × {config.cluster.gpus_per_worker:g}",
+            f"at most {gpus} GPUs here: {workers} workers × {config.cluster.gpus_per_worker:g}",
             "Set cluster.gpus_per_worker=0 for a CPU run, or join a cluster with cluster.address.",
+        )
+
+
+def _check_elastic(config: RunConfig) -> None:
+    """A range of workers grows by starting its workers again, from the newest checkpoint."""
+    if config.most_workers > config.least_workers and not config.checkpoint.every_steps:
+        raise ConfigError(
+            "checkpoint.every_steps",
+            0,
+            f"at least 1 with workers={config.workers}",
+            "Growing and shrinking go on from the newest checkpoint.",
         )
 
 
@@ -71,8 +83,8 @@ def preflight_cluster(config: RunConfig) -> None:
         return
     import ray
 
-    total = ray.cluster_resources()
-    for name, needed in (("CPU", required_cpus(config)), ("GPU", config.workers * config.cluster.gpus_per_worker)):
+    total, workers = ray.cluster_resources(), config.least_workers
+    for name, needed in (("CPU", required_cpus(config, workers)), ("GPU", workers * config.cluster.gpus_per_worker)):
         if needed > total.get(name, 0):
             raise ConfigError(
                 "workers",

@@ -47,6 +47,7 @@ def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
 
 def train_worker(payload: dict[str, Any]) -> None:
     """Ray Train's `train_loop_per_worker`."""
+    import ray.train
     import torch
     from ray.train.torch import get_device
 
@@ -55,8 +56,10 @@ def train_worker(payload: dict[str, Any]) -> None:
     config = RunConfig.from_json(payload["config"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    cpus = config.cluster.data_cpus / config.workers
-    run_session(payload, config, get_device(), partial(RayStream, cpus=cpus))
+    cpus = config.cluster.data_cpus / ray.train.get_context().get_world_size()
+    # Elastic workers take every CPU that is free, so their readers must not need one to be left.
+    elastic = config.most_workers > config.least_workers
+    run_session(payload, config, get_device(), partial(RayStream, cpus=cpus, claims=not elastic))
 
 
 def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device, make_stream: StreamFactory) -> dict[str, Any]:

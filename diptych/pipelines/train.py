@@ -97,6 +97,7 @@ def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
 def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) -> None:
     # Relative paths in the configuration mean the driver's working folder, in the workers too.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(prepared.config.cluster.start_timeout_seconds))
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -111,12 +112,17 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
             train_worker,
             train_loop_config=payload_of(prepared, run_dir),
             torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources),
+            scaling_config=ScalingConfig(
+                num_workers=config.workers if isinstance(config.workers, int) else (config.least_workers, config.most_workers),
+                use_gpu=bool(cluster.gpus_per_worker),
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=cluster.resize_seconds,
+            ),
             # Our own checkpoints are the authority; a new name each time keeps Ray from restoring its snapshot of an earlier try.
             run_config=RayRunConfig(
                 name=f"ray-{time.time_ns()}",
                 storage_path=cluster.storage or str(run_dir / "ray"),
-                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures),
+                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.controller_failures),
             ),
         ).fit()
     except BaseException as error:  # Handed to the main thread, which decides.
@@ -129,7 +135,12 @@ def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str
     failures = getattr(error, "worker_failures", None) or {0: error}
     message = "; ".join(sorted({f"rank {rank}: {_root(cause)}" for rank, cause in failures.items()}))
     console.print(f"[bold red]failed[/] after {config.cluster.max_failures} retries: {message}", markup=True, highlight=False)
-    reached = {"step": state["step"], "samples": state["samples"], "world_size": config.workers, "metrics": {}}
+    reached = {
+        "step": state["step"],
+        "samples": state["samples"],
+        "world_size": state.get("world_size", config.least_workers),
+        "metrics": {},
+    }
     return reached | {"status": "failed", "error": message}
 
 
@@ -253,7 +264,7 @@ def _dry_run(config: RunConfig) -> dict[str, Any]:
     resources = {
         "workers": config.workers,
         "cpus": ray_context.required_cpus(config),
-        "gpus": config.workers * config.cluster.gpus_per_worker,
+        "gpus": config.most_workers * config.cluster.gpus_per_worker,
     }
     rows = [[key, value] for key, value in (resources | facts | {"first caption": caption}).items()]
     show_table("would train", ["what", "value"], rows)

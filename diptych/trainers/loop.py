@@ -34,6 +34,8 @@ class Callbacks:
 
     should_stop: Callable[[], bool] = _never
     """Asked on every worker before every step; True on any of them ends the run after that step, with a checkpoint."""
+    should_save: Callable[[], bool] = _never
+    """Asked on every worker before every step; True on any of them writes a checkpoint after that step."""
     record_faults: Callable[[int, int, list[Fault]], None] | None = None
     """`(step, rank, faults)` for every share that met bad samples; step -1 for validation."""
     on_metrics: Callable[[int, dict[str, float]], None] | None = None
@@ -86,7 +88,7 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]]) -> s
         session.recorder.rows(share)
         batch = to_device(share.arrays, strategy.world.device)
         batch |= strategy.task.draws(batch)
-        totals, stop = session.agree(share, batch)
+        totals, stop, save = session.agree(share, batch)
         terms, report = accumulate(strategy, batch, config.train.micro_batches, totals, seed=config.seed, step=progress.step)
         lr = learning_rate(config.optim, config.train.steps, progress.step)
         norm = strategy.step(progress.step, lr)
@@ -100,7 +102,7 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]]) -> s
         if session.due(config.validation.every_steps, done):
             session.validate()
         status = session.status() or ("stopped" if stop else "")
-        if session.due(config.checkpoint.every_steps, bool(status)):
+        if session.due(config.checkpoint.every_steps, save or bool(status)):
             session.guard.check()
             session.recorder.checkpoint(strategy, progress)
         if status:
@@ -131,25 +133,26 @@ class _Session:
             log.info("precision %s (%s)", strategy.precision.name, strategy.precision.reason)
             log.info("optimizer state: %d bytes on this worker of %d", strategy.optimizer_bytes(), world.size)
 
-    def agree(self, share: StepBatch, batch: Batch) -> tuple[dict[str, torch.Tensor], bool]:
-        """Weight of each term over the global batch, and whether any worker wants to stop; one collective for both.
+    def agree(self, share: StepBatch, batch: Batch) -> tuple[dict[str, torch.Tensor], bool, bool]:
+        """Weight of each term over the global batch, whether any worker wants to stop, or to save; one collective for all.
 
         Faults are counted in it too, and their names exchanged only where there are any.
         """
         weights = self.strategy.task.weights(batch)
         tokens = (batch["token_mask"] * batch["weight"][:, None]).sum() if "token_mask" in batch else batch["weight"].new_zeros(())
         device = self.strategy.world.device
-        flags = torch.tensor([float(self.callbacks.should_stop()), float(len(share.faults))], dtype=torch.float64)
+        wishes = [float(self.callbacks.should_stop()), float(self.callbacks.should_save()), float(len(share.faults))]
+        flags = torch.tensor(wishes, dtype=torch.float64)
         parts = [weight.detach().double().reshape(()) for weight in weights.values()]
         packed = torch.cat([torch.stack([*parts, tokens.double()]), flags.to(device)])
         self.strategy.world.sum_(packed)
-        self.tokens += packed[-3]
+        self.tokens += packed[-4]
         self._report_faults(share.step, share.faults)
         # With one worker the flags are known here, and nothing has to wait for the device.
-        stop, faults = (flags if self.strategy.world.size == 1 else packed[-2:]).tolist()
+        stop, save, faults = (flags if self.strategy.world.size == 1 else packed[-3:]).tolist()
         if faults:
             self.progress.count_faults(self.strategy.world, share.faults, self.config.data.fault_budget)
-        return {name: packed[index].float() for index, name in enumerate(weights)}, stop > 0
+        return {name: packed[index].float() for index, name in enumerate(weights)}, stop > 0, save > 0
 
     def _report_faults(self, step: int, faults: list[Fault]) -> None:
         if faults and self.callbacks.record_faults is not None:

@@ -284,3 +284,18 @@ def test_configuration_needs_no_torch_and_no_ray() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "least", "most"), [("3", 3, 3, 3), ("2..8", "2..8", 2, 8), ('"2..8"', "2..8", 2, 8), ("4..4", 4, 4, 4)]
+)
+def test_workers_are_a_number_or_a_range(given: str, stored: int | str, least: int, most: int) -> None:
+    config = apply_overrides(load_recipe("coca", "smoke"), [f"workers={given}"])
+    assert (config.workers, config.least_workers, config.most_workers) == (stored, least, most)
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("given", ["0", "8..2", "2..", "..8", "2...8", "a..b", "1.5", "true", "[2,8]", "-1..3"])
+def test_other_workers_are_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"workers: received .*a whole number from 1 on, or a range such as 2\.\.8"):
+        apply_overrides(load_recipe("coca", "smoke"), [f"workers={given}"])
