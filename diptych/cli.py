@@ -100,7 +100,8 @@ def _application(arguments: list[str]) -> Any:
     for verb in [arguments[0]] if arguments and arguments[0] in verbs else verbs:
         module = importlib.import_module(f"diptych.pipelines.{verb}")
         # An override such as optim.lr=-1 must not be read as an option, hence no interspersed surprises: `--` is not needed.
-        application.command(name=verb, help=module.command.__doc__)(module.command)
+        settings = getattr(module, "CONTEXT_SETTINGS", None)
+        application.command(name=verb, help=module.command.__doc__, context_settings=settings)(module.command)
     return application
 
 

@@ -12,6 +12,7 @@ import torch
 from diptych.batches import Fault, StepBatch
 from diptych.config import RunConfig
 from diptych.trainers.guard import Guard
+from diptych.trainers.heartbeat import Heartbeat
 from diptych.trainers.objective import accumulate, loss_value
 from diptych.trainers.optim import learning_rate
 from diptych.trainers.progress import Progress
@@ -70,18 +71,19 @@ def train(
     """Train `strategy.task` from where the attempt's checkpoint stands to `config.train.steps`.
 
     `stream(step)` yields this worker's share of every step from `step` on; `validation()` yields the held-out shares,
-    equally many on every worker. Raises `Diverged`, `FaultBudgetExceeded`, `Fenced`, or what the stream raises.
+    equally many on every worker. Raises `Diverged`, `FaultBudgetExceeded`, `Fenced`, `HungCollective`, or what the stream raises.
     """
     session = _Session(config, strategy, validation, recorder, callbacks or Callbacks())
-    with recorder:
-        status = session.status() or _steps(session, stream)
+    with recorder, Heartbeat(strategy.world) as heartbeat:
+        status = session.status() or _steps(session, stream, heartbeat)
         recorder.close(session.progress.step)
     return session.result(status)
 
 
-def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]]) -> str:
+def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]], heartbeat: Heartbeat) -> str:
     """The loop; returns how it ended."""
     config, strategy, progress = session.config, session.strategy, session.progress
+    heartbeat.step = progress.step
     for share in session.throughput.timed(stream(progress.step)):
         if share.step != progress.step:
             raise RuntimeError(f"the stream delivered step {share.step} where step {progress.step} was due; nothing was trained on it")
@@ -94,6 +96,7 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]]) -> s
         norm = strategy.step(progress.step, lr)
         session.guard.watch(progress.step, norm)
         progress.step += 1
+        heartbeat.step = progress.step
         session.throughput.step()
         done = progress.step == config.train.steps
         if session.due(config.train.log_every, done or stop):

@@ -1,0 +1,69 @@
+"""A real Ray of several nodes on this machine: own ports and folder, token authentication, nodes that come and are killed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+MEGABYTES = 1 << 20
+
+
+class NodesOfRay:
+    """Raylets of a `ray.cluster_utils.Cluster`. This process joins no Ray; drivers are processes with `environment`."""
+
+    def __init__(self, folder: str, head_cpus: int, dashboard: bool) -> None:
+        from ray.cluster_utils import Cluster
+
+        head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
+        # Nodes are told about as dead within seconds, as a kill is what is tested.
+        head["_system_config"] = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+        head |= {"include_dashboard": dashboard, "dashboard_port": 0} if dashboard else {"include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head, shutdown_at_exit=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a driver needs to join: the address; the token is inherited."""
+        return {"RAY_ADDRESS": str(self.cluster.address), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+    @property
+    def dashboard(self) -> str:
+        """URL of the job server."""
+        return f"http://{self.cluster.webui_url}"
+
+    def add(self, cpus: int = 1) -> Any:
+        """Start a node."""
+        return self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MEGABYTES)
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL a node's raylet and all that it started, as a machine that goes away."""
+        raylets = [process.process.pid for processes in node.all_processes.values() for process in processes]
+        below = [child for pid in raylets if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)]
+        self.cluster.remove_node(node, allow_graceful=False)
+        for process in below:
+            if process.is_running():
+                process.kill()
+
+
+@contextmanager
+def nodes_of_ray(monkeypatch: Any, head_cpus: int = 0, dashboard: bool = False) -> Iterator[NodesOfRay]:
+    """A head with a token of its own; every process that is started below the test inherits the token."""
+    # Sockets have short names only, so not below pytest's long folder.
+    folder = tempfile.mkdtemp(prefix="dip-", dir="/tmp")
+    token = Path(folder) / "token"
+    token.write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    nodes = NodesOfRay(os.path.join(folder, "ray"), head_cpus, dashboard)
+    try:
+        yield nodes
+    finally:
+        nodes.cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
