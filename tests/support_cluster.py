@@ -24,7 +24,11 @@ class NodesOfRay:
 
         head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
         # Nodes are told about as dead within seconds, as a kill is what is tested.
-        head["_system_config"] = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+        head["_system_config"] = {
+            "health_check_initial_delay_ms": 2000,
+            "health_check_period_ms": 1000,
+            "health_check_failure_threshold": 3,
+        }
         head |= {"include_dashboard": dashboard, "dashboard_port": 0} if dashboard else {"include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head, shutdown_at_exit=True)
 

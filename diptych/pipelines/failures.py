@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class FailureReader:
             yield json.loads(line)["reason"]
 
 
-def reason(failures: dict[int, BaseException]) -> str:
+def reason(failures: Mapping[int, BaseException]) -> str:
     """The cause of a failed group: what one worker died of explains the others, whose peer went away."""
     told = {rank: explain(error) for rank, error in sorted(failures.items())}
     # A worker that only saw its peers vanish has nothing to add if another says why.

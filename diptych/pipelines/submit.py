@@ -31,7 +31,7 @@ CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)|API_?KEY", re.IGNORECASE)
 _STOP_SECONDS = 120
 """How long a stopped job may take to write its checkpoint before Ray kills it; Ray's own default is 3 s."""
-_TOKEN_REMEDY = (
+_HOW_TO_AUTHENTICATE = (
     "Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token (on its head: `ray get-auth-token`), with RAY_AUTH_MODE=token. "
     "Authentication stays on."
 )
@@ -75,7 +75,9 @@ def job_environment(file: str, variables: tuple[str, ...], working_dir: str, exc
     import yaml
 
     if not Path(working_dir).is_dir():
-        raise ConfigError("--working-dir", working_dir, "a folder of this machine", "It is sent to the cluster; it holds the package diptych.")
+        raise ConfigError(
+            "--working-dir", working_dir, "a folder of this machine", "It is sent to the cluster; it holds the package diptych."
+        )
     described: Any = {}
     if file:
         if not Path(file).is_file():
@@ -92,7 +94,12 @@ def job_environment(file: str, variables: tuple[str, ...], working_dir: str, exc
     for key, value in given.items():
         _refuse_secret(key, str(value))
     left_out = [*described.get("excludes", []), *excludes]
-    return {**described, "working_dir": working_dir, "excludes": left_out, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), **given}}
+    return {
+        **described,
+        "working_dir": working_dir,
+        "excludes": left_out,
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), **given},
+    }
 
 
 def _refuse_secret(key: str, value: str) -> None:
@@ -100,7 +107,9 @@ def _refuse_secret(key: str, value: str) -> None:
     from diptych.pipelines.tracking import without_credentials
 
     if _SECRET.search(key) or without_credentials(value) != value:
-        remedy = "A job's variables are shown by Ray's dashboard and `ray job list`. Set it on the nodes: cluster.yaml, a Kubernetes secret."
+        remedy = (
+            "A job's variables are shown by Ray's dashboard and `ray job list`. Set it on the nodes: cluster.yaml, a Kubernetes secret."
+        )
         raise ConfigError("--env", key, "variables that are no secrets", remedy)
 
 
@@ -116,9 +125,11 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient()
     except AuthenticationError as error:
-        raise ConfigError("RAY_AUTH_TOKEN", _token_state(error), f"the token of the cluster at {where}", _TOKEN_REMEDY) from None
+        raise ConfigError("RAY_AUTH_TOKEN", _token_state(error), f"the token of the cluster at {where}", _HOW_TO_AUTHENTICATE) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        remedy = "The dashboard's URL, such as http://head:8265. A cluster behind a firewall: `ray dashboard cluster.yaml` forwards the port."
+        remedy = (
+            "The dashboard's URL, such as http://head:8265. A cluster behind a firewall: `ray dashboard cluster.yaml` forwards the port."
+        )
         raise ConfigError("--address", where, f"a running cluster's job server ({_first_line(error)})", remedy) from None
 
 

@@ -21,7 +21,8 @@ import typer
 
 from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe
 from diptych.pipelines import ray_context, runs_folder, tracking
-from diptych.pipelines.console import console, finish, note, show_table
+from diptych.pipelines.console import finish, note, show_table
+from diptych.pipelines.follow import following
 from diptych.pipelines.prepare import Prepared, prepare
 
 
@@ -78,7 +79,7 @@ def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     errors: list[BaseException] = []
     thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, errors), name="ray-train", daemon=True)
     thread.start()
-    with _progress(run_dir, prepared.config) as show:
+    with following(run_dir, prepared.config) as show:
         while thread.is_alive():
             thread.join(0.5)
             show()
@@ -102,6 +103,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from diptych.pipelines.failures import FailureLog
     from diptych.pipelines.session import payload_of, train_worker
 
     config, cluster = prepared.config, prepared.config.cluster
@@ -122,6 +124,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
             run_config=RayRunConfig(
                 name=f"ray-{time.time_ns()}",
                 storage_path=cluster.storage or str(run_dir / "ray"),
+                callbacks=[FailureLog(str(run_dir))],
                 failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.controller_failures),
             ),
         ).fit()
@@ -131,10 +134,12 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
 
 def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str, Any]:
     """The result of a run whose retries are spent: what it reached, and the workers' own message."""
+    from diptych.pipelines.failures import explain, reason
+
     state = runs_folder.latest_state(run_dir) or {"step": 0, "samples": 0}
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    message = "; ".join(sorted({f"rank {rank}: {_root(cause)}" for rank, cause in failures.items()}))
-    console.print(f"[bold red]failed[/] after {config.cluster.max_failures} retries: {message}", markup=True, highlight=False)
+    failures = getattr(error, "worker_failures", None)
+    message = reason(failures) if failures else explain(error)
+    note(f"failed after {config.cluster.max_failures} retries: {message}")
     reached = {
         "step": state["step"],
         "samples": state["samples"],
@@ -142,15 +147,6 @@ def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str
         "metrics": {},
     }
     return reached | {"status": "failed", "error": message}
-
-
-def _root(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error.__cause__
-    return (
-        _root(cause)
-        if isinstance(cause, BaseException)
-        else f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-    )
 
 
 @contextmanager
@@ -172,33 +168,6 @@ def _stopping(run_dir: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(run_dir: Path, config: RunConfig) -> Iterator[Any]:
-    """A bar of steps with rate, waiting share and loss from the newest logged line; silent without a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(run_dir.name, total=config.train.steps, figures="starting workers")
-
-        def show() -> None:
-            line = runs_folder.last_line(run_dir) if console.is_terminal else None
-            if line:
-                values = line["metrics"]
-                if "train/loss" in values:
-                    figures = f"loss {values['train/loss']:.4g} · {values['train/samples_per_second']:.0f} samples/s"
-                    figures += f" · waiting {100 * values['train/data_wait_share']:.0f} %"
-                    bar.update(task, completed=line["step"], figures=figures)
-
-        yield show
 
 
 def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, status: str) -> None:

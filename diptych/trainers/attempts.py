@@ -43,6 +43,8 @@ class Attempt:
     resumed_from: str | None
     """Name of the checkpoint that this attempt loads; None = it starts from the beginning."""
     start_step: int
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that were torn, each with what was wrong with it."""
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
@@ -71,10 +73,12 @@ def newest_attempt(folder: RunFolder) -> int:
     return max((int(name[:-5]) for name in folder.names("attempts") if re.fullmatch(r"\d{4,}\.json", name)), default=0)
 
 
-def record_attempt(folder: RunFolder, world_size: int, resumed_from: str | None, number: int) -> Attempt | None:
+def record_attempt(
+    folder: RunFolder, world_size: int, resumed_from: str | None, number: int, passed_over: tuple[str, ...] = ()
+) -> Attempt | None:
     """Record attempt `number` exclusively; None if that number was taken meanwhile."""
     parsed = parse_checkpoint_name(resumed_from) if resumed_from else None
-    record = Attempt(number, time.time(), world_size, resumed_from, parsed[0] if parsed else 0)
+    record = Attempt(number, time.time(), world_size, resumed_from, parsed[0] if parsed else 0, passed_over)
     data = json.dumps(asdict(record)).encode()
     return record if folder.create(f"attempts/{number:04d}.json", data) else None
 

@@ -66,14 +66,21 @@ def verify(folder: RunFolder, name: str, hashes: bool = True) -> None:
 
 def newest_whole(folder: RunFolder) -> str | None:
     """Name of the newest checkpoint of the history that counts and is whole; says which torn ones it passed over."""
+    return _search_whole(folder)[0]
+
+
+def _search_whole(folder: RunFolder) -> tuple[str | None, tuple[str, ...]]:
+    """(the newest whole checkpoint, what was wrong with each newer one)."""
+    torn: list[str] = []
     for name in candidates(folder):
         try:
             verify(folder, name)
         except TornCheckpoint as error:
             log.warning("Passing over a torn checkpoint in %s: %s", folder.url, error)
+            torn.append(str(error))
             continue
-        return name
-    return None
+        return name, tuple(torn)
+    return None, tuple(torn)
 
 
 def begin_attempt(folder: RunFolder | str, world_size: int) -> Attempt:
@@ -81,7 +88,8 @@ def begin_attempt(folder: RunFolder | str, world_size: int) -> Attempt:
     folder = RunFolder(folder) if isinstance(folder, str) else folder
     while True:
         number = newest_attempt(folder) + 1
-        attempt = record_attempt(folder, world_size, newest_whole(folder), number)
+        whole, torn = _search_whole(folder)
+        attempt = record_attempt(folder, world_size, whole, number, torn)
         if attempt is not None:
             return attempt
 

@@ -91,7 +91,9 @@ def blame(lines: Sequence[dict[str, Any] | None], now: float) -> str:
         if line is None:
             silent.append(f"rank {rank}, which never started")
         elif now - line["time"] > _SILENT_SECONDS:
-            silent.append(f"rank {rank} ({line['who']}), silent for {now - line['time']:.0f} s since step {line['step']}, in {line['where']}")
+            silent.append(
+                f"rank {rank} ({line['who']}), silent for {now - line['time']:.0f} s since step {line['step']}, in {line['where']}"
+            )
         elif not line["waits"]:
             outside.append(f"rank {rank} ({line['who']}), at step {line['step']} in {line['where']}")
     guilty = silent or outside
@@ -104,7 +106,8 @@ def is_collective_failure(error: BaseException) -> bool:
     """Whether the error is what gloo, NCCL or the store raise when a peer does not answer."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
-        words in text for words in ("timed out waiting", "application timeout", "connection closed by peer", "gloo", "nccl", "connection reset")
+        words in text
+        for words in ("timed out waiting", "application timeout", "connection closed by peer", "gloo", "nccl", "connection reset")
     )
 
 
