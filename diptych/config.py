@@ -192,6 +192,8 @@ class CheckpointConfig(Config):
     """Optimizer steps between checkpoints; 0 = only at the end."""
     keep: int = pydantic.Field(3, ge=1)
     """Newest checkpoints kept; the best one by `train.monitor` is kept beside them."""
+    storage: str = ""
+    """Folder or URL, such as `s3://bucket/runs`, for checkpoints, metrics and traces; empty = the run folder."""
 
 
 class ClusterConfig(Config):

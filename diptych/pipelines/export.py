@@ -107,10 +107,11 @@ def model_card(trained: Trained, name: str, averaged: bool) -> str:
 
 def _figures(trained: Trained) -> dict[str, float]:
     """Newest value of each validation figure up to the checkpoint's step, then those of `diptych evaluate`."""
+    from diptych.pipelines.runs_folder import records
     from diptych.trainers.journal import read_metrics
 
     figures: dict[str, float] = {}
-    for line in read_metrics(str(trained.run_dir)):
+    for line in read_metrics(records(trained.run_dir)):
         if line["step"] <= trained.state["step"]:
             figures |= {key: value for key, value in line["metrics"].items() if key.startswith(_NOTABLE)}
     evaluated = trained.run_dir / "evaluation" / "metrics.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ def following(run_dir: Path, config: RunConfig) -> Iterator[Callable[[], None]]:
         def show() -> None:
             for reason in failures.new():
                 note(f"workers failed: {reason}")
+            if not attempts.due():
+                return
             attempts.tell()
             line = runs_folder.last_line(run_dir) if console.is_terminal else None
             if line:
@@ -49,25 +52,29 @@ class _AttemptReader:
     """Tells of attempts that were not there at the beginning: with how many workers and from which checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / "attempts"
-        self._known = self._numbers()
-
-    def _numbers(self) -> set[str]:
-        return {file.name for file in self.folder.glob("*.json") if file.stem.isdigit()} if self.folder.is_dir() else set()
-
-    def tell(self) -> None:
-        new = self._numbers() - self._known
-        if not new:
-            return
-        from diptych.trainers.attempts import read_attempts
         from diptych.trainers.runfolder import RunFolder
 
-        records = read_attempts(RunFolder(str(self.folder.parent)))
-        for name in sorted(new):
-            attempt = records[int(name.partition(".")[0])]
+        self.folder = RunFolder(runs_folder.records(run_dir))
+        self._known, self._next = set(self.folder.names("attempts")), 0.0
+
+    def due(self) -> bool:
+        """Whether to look again; a listing of an object store costs money."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + (0.5 if self.folder.local else 15.0)
+        return True
+
+    def tell(self) -> None:
+        from diptych.trainers.attempts import read_attempts
+
+        names = set(self.folder.names("attempts"))
+        new = sorted(int(name[:-5]) for name in names - self._known if name[:-5].isdigit())
+        records = read_attempts(self.folder) if new else {}
+        for number in new:
+            attempt = records[number]
             for torn in attempt.passed_over:
                 note(f"passed over a torn checkpoint: {torn}")
             if attempt.attempt > 1:
                 start = f"from {attempt.resumed_from}" if attempt.resumed_from else "from the beginning"
                 note(f"attempt {attempt.attempt}: {attempt.world_size} workers, {start}")
-        self._known |= new
+        self._known |= names

@@ -18,8 +18,17 @@ _MEMORY_PER_WORKER_GB = 0.75
 
 
 def required_cpus(config: RunConfig, workers: int = 0) -> float:
-    """Logical CPUs that a run holds with `workers` (0 = its most) workers: theirs and its readers'."""
-    return (workers or config.most_workers) * config.cluster.cpus_per_worker + config.cluster.data_cpus
+    """Logical CPUs that a run holds with `workers` (0 = its most) workers: theirs and its readers', unless it is elastic.
+
+    Elastic workers take every CPU that is free, so their readers must not need one to be left: they claim none.
+    """
+    claimed = 0 if is_elastic(config) else config.cluster.data_cpus
+    return (workers or config.most_workers) * config.cluster.cpus_per_worker + claimed
+
+
+def is_elastic(config: RunConfig) -> bool:
+    """Whether the number of workers follows the cluster."""
+    return config.most_workers > config.least_workers
 
 
 def joins_cluster(config: RunConfig) -> bool:
@@ -36,7 +45,8 @@ def preflight(config: RunConfig) -> None:
 
     cores = os.cpu_count() or 1
     workers, needed = config.most_workers, required_cpus(config)
-    arithmetic = f"{workers} workers × {config.cluster.cpus_per_worker:g} + {config.cluster.data_cpus} for data = {needed:g} CPUs"
+    for_data = needed - workers * config.cluster.cpus_per_worker
+    arithmetic = f"{workers} workers × {config.cluster.cpus_per_worker:g} + {for_data:g} for data = {needed:g} CPUs"
     declared = config.cluster.logical_cpus
     if declared and needed > declared:
         raise ConfigError(
@@ -68,7 +78,7 @@ def preflight(config: RunConfig) -> None:
 
 def _check_elastic(config: RunConfig) -> None:
     """A range of workers grows by starting its workers again, from the newest checkpoint."""
-    if config.most_workers > config.least_workers and not config.checkpoint.every_steps:
+    if is_elastic(config) and not config.checkpoint.every_steps:
         raise ConfigError(
             "checkpoint.every_steps",
             0,

@@ -85,11 +85,11 @@ def _evaluated(run_dir: Path) -> dict[str, float]:
 
 def _section(run_dir: Path) -> dict[str, Any]:
     from diptych.datasets.ledger import read_ledger, summary
-    from diptych.pipelines.runs_folder import read_driver
+    from diptych.pipelines.runs_folder import read_driver, records
     from diptych.trainers.journal import read_metrics
 
     config = RunConfig.from_json((run_dir / "config.json").read_text())
-    driver, lines = read_driver(run_dir), read_metrics(str(run_dir))
+    driver, lines = read_driver(run_dir), read_metrics(records(run_dir))
     facts = driver.get("facts", {})
     tables = run_dir / "evaluation" / "tables.json"
     found = json.loads(tables.read_text())["tables"] if tables.is_file() else []
@@ -107,7 +107,7 @@ def _section(run_dir: Path) -> dict[str, Any]:
         "shown": _shown(run_dir),
         # The captions of the evaluation stand with their pictures already.
         "tables": [one for one in found if len(one["rows"]) <= 40 and one["columns"] != ["true", "made"]],
-        "ledger": summary(read_ledger(str(run_dir))),
+        "ledger": summary(read_ledger(records(run_dir))),
         "config": config.to_json(),
     }
 

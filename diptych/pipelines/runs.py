@@ -72,7 +72,7 @@ def _reached(run_dir: Path) -> dict[str, Any]:
 
     metrics: dict[str, float] = {}
     step = 0
-    for line in read_metrics(str(run_dir)):
+    for line in read_metrics(runs_folder.records(run_dir)):
         step, metrics = line["step"], metrics | line["metrics"]
     return {"step": step, "metrics": metrics}
 

@@ -38,6 +38,19 @@ def find_run(run: str, output: str = "runs") -> Path:
     raise ConfigError("RUN", run, f"a run folder, or one of {', '.join(known) or f'(none under {output})'}", "`diptych runs` lists them.")
 
 
+def records_url(config: RunConfig, run_dir: Path) -> str:
+    """Where attempts, checkpoints, metrics and traces lie: the run folder, or the folder of its name in `checkpoint.storage`."""
+    storage = config.checkpoint.storage
+    return f"{storage.rstrip('/')}/{run_dir.name}" if storage else str(run_dir)
+
+
+def records(run_dir: Path) -> str:
+    """The same for a run that was made before."""
+    file = run_dir / "config.json"
+    storage = json.loads(file.read_text()).get("checkpoint", {}).get("storage", "") if file.is_file() else ""
+    return f"{storage.rstrip('/')}/{run_dir.name}" if storage else str(run_dir)
+
+
 def read_driver(run_dir: Path) -> dict[str, Any]:
     """What `write_driver` wrote, or an empty mapping."""
     file = run_dir / "driver.json"
@@ -56,18 +69,21 @@ def latest_state(run_dir: Path) -> dict[str, Any]:
     from diptych.trainers.attempts import candidates
     from diptych.trainers.runfolder import RunFolder
 
-    names = candidates(RunFolder(str(run_dir)))
-    return json.loads((run_dir / "checkpoints" / names[0] / "state.json").read_text()) if names else {}
+    folder = RunFolder(records(run_dir))
+    names = candidates(folder)
+    return json.loads(folder.read(f"checkpoints/{names[0]}/state.json")) if names else {}
 
 
 def last_line(run_dir: Path) -> dict[str, Any]:
     """The newest logged line `{step, time, metrics}`, read from the end of the newest file; empty before the first."""
-    files = sorted((run_dir / "metrics").glob("a*.jsonl"))
-    if not files:
+    from diptych.trainers.runfolder import RunFolder
+
+    folder = RunFolder(records(run_dir))
+    names = [name for name in folder.names("metrics") if name.startswith("a") and name.endswith(".jsonl")]
+    if not names:
         return {}
-    with files[-1].open("rb") as file:
-        file.seek(max(0, files[-1].stat().st_size - 16384))
-        lines = file.read().splitlines()
+    place = folder.path(f"metrics/{names[-1]}")
+    lines = folder.fs.cat_file(place, start=max(0, folder.size(f"metrics/{names[-1]}") - 16384)).splitlines()
     for line in reversed(lines):
         if line.startswith(b'{"step"') and line.endswith(b"}"):
             return json.loads(line)

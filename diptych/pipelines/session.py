@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.batches import StepBatch
 from diptych.config import ConfigError, RunConfig
-from diptych.pipelines.runs_folder import read_driver
+from diptych.pipelines import ray_context
+from diptych.pipelines.runs_folder import read_driver, records_url
 from diptych.pipelines.samples import write_samples
 from diptych.pipelines.tracking import driver_identity
 
@@ -34,11 +35,12 @@ StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[Ste
 
 
 def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
-    """What a worker is handed: configuration, run folder, its driver, streams and the data's digest; small and picklable."""
+    """What a worker is handed: configuration, run folder, its records, its driver, streams, the data's digest; small, picklable."""
     return {
         "driver": driver_identity(),
         "config": prepared.config.to_json(),
         "run_dir": str(run_dir),
+        "records": records_url(prepared.config, run_dir),
         "train": prepared.train,
         "validation": prepared.validation,
         "digest": prepared.facts["digest"],
@@ -57,15 +59,20 @@ def train_worker(payload: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     cpus = config.cluster.data_cpus / ray.train.get_context().get_world_size()
-    # Elastic workers take every CPU that is free, so their readers must not need one to be left.
-    elastic = config.most_workers > config.least_workers
-    run_session(payload, config, get_device(), partial(RayStream, cpus=cpus, claims=not elastic))
+    make_stream = partial(RayStream, cpus=cpus, claims=not ray_context.is_elastic(config))
+    run_session(payload, config, get_device(), make_stream, notice=_PreemptionNotice())
 
 
-def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device, make_stream: StreamFactory) -> dict[str, Any]:
+def run_session(
+    payload: dict[str, Any],
+    config: RunConfig,
+    device: torch.device,
+    make_stream: StreamFactory,
+    notice: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Train from where the run stands to its end; rank 0 also writes `result.json`.
 
-    Errors that all workers raise together and that a retry would only repeat (a spent fault budget, a diverged loss, a
+    Errors that all workers raise together and that a retry would only repeat (a spent fault budget, a diverged loss, a full disk, a
     configuration that does not fit) end the run as `failed`; everything else is raised, and Ray tries again. A group that was
     superseded ends as `fenced` and leaves no result: tried again, it would supersede the group that has taken over.
     """
@@ -77,6 +84,7 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
     from diptych.trainers.precision import set_deterministic
     from diptych.trainers.progress import FaultBudgetExceeded
     from diptych.trainers.recorder import Recorder, start_attempt
+    from diptych.trainers.runfolder import StorageFailed
     from diptych.trainers.strategies import make_strategy
     from diptych.trainers.tasks import load_task_class
     from diptych.trainers.world import World
@@ -90,8 +98,8 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
         torch.manual_seed(config.seed)
         strategy = make_strategy(config, load_task_class(config.task.name)(config.task, config.seed), device)
         _check_driver(payload["driver"], run_dir, world)
-        attempt = start_attempt(str(run_dir), world)
-        recorder = Recorder(str(run_dir), attempt, world, config, payload["digest"])
+        attempt = start_attempt(payload["records"], world)
+        recorder = Recorder(payload["records"], attempt, world, config, payload["digest"])
 
         def stream(step: int) -> Iterable[StepBatch]:
             return make_stream(payload["train"], world.rank, world.size, step, config.train.steps)
@@ -100,9 +108,12 @@ def run_session(payload: dict[str, Any], config: RunConfig, device: torch.device
             return make_stream(payload["validation"], world.rank, world.size, 0, None)
 
         held_out = validation if payload["validation"] is not None else None
-        ended = train(config, strategy, stream, held_out, recorder, callbacks=_callbacks(payload, config, attempt.attempt, world.rank))
+        callbacks = replace(_callbacks(payload, config, attempt.attempt, world.rank), should_save=notice)
+        ended = train(config, strategy, stream, held_out, recorder, callbacks=callbacks)
         result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
-    except (ConfigError, Diverged, FaultBudgetExceeded, Fenced) as error:
+    except (ConfigError, Diverged, FaultBudgetExceeded, Fenced, StorageFailed) as error:
+        if isinstance(error, StorageFailed) and not error.lasting:
+            raise
         status = "fenced" if isinstance(error, Fenced) else "failed"
         result = {"status": status, "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
     result["world_size"] = world.size
@@ -127,7 +138,7 @@ def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: int, rank: i
     from diptych.trainers.loop import Callbacks
 
     run_dir = Path(payload["run_dir"])
-    ledger = Ledger(str(run_dir), attempt)
+    ledger = Ledger(payload["records"], attempt)
     shows = payload["validation"] is not None and config.tracking.samples and rank == 0
     looked_at: list[Batch] = []
 
@@ -161,3 +172,21 @@ class _StopFile:
             self._next = time.monotonic() + 0.5
             self._asked = self.path.exists()
         return self._asked
+
+
+class _PreemptionNotice:
+    """Whether to save because a node of the group is about to be taken back: at the notice, and twice a minute until then.
+
+    Ray tells every worker of the group, so a read of this worker's own copy needs no word with the others.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        if get_train_context().preemption_context.preemption_info is None or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 30.0
+        return True

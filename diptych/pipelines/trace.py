@@ -19,9 +19,10 @@ def write_trace(run_dir: Path, manifest: Manifest) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from diptych.pipelines.runs_folder import records
     from diptych.trainers.journal import read_trace
 
-    trace = read_trace(str(run_dir))
+    trace = read_trace(records(run_dir))
     names = np.asarray(manifest.shard_names, dtype=object)
     # A run visits a sample once per epoch; look each up once.
     unique, inverse = np.unique(trace["row"].to_numpy(), return_inverse=True)

@@ -169,7 +169,11 @@ class Tracker:
             self._thread.join()
 
     def _follow(self) -> None:
-        while not self._stop.wait(2.0):
+        from diptych.pipelines.runs_folder import records
+
+        # Looking at an object store costs money.
+        pause = 15.0 if "://" in records(self.run_dir) else 2.0
+        while not self._stop.wait(pause):
             try:
                 self.sync()
             except Exception as error:  # A lost server must not stop training; the files keep what is missing.
@@ -215,10 +219,11 @@ def mlflow_status(status: str) -> str:
 
 def _committed(run_dir: Path) -> tuple[int, int]:
     """(step, attempt) of the newest checkpoint; (0, 0) before the first."""
+    from diptych.pipelines.runs_folder import records
     from diptych.trainers.attempts import candidates, parse_checkpoint_name
     from diptych.trainers.runfolder import RunFolder
 
-    return next((found for name in candidates(RunFolder(str(run_dir))) if (found := parse_checkpoint_name(name))), (0, 0))
+    return next((found for name in candidates(RunFolder(records(run_dir))) if (found := parse_checkpoint_name(name))), (0, 0))
 
 
 def _send_metrics(store: MlflowClient, run_id: str, run_dir: Path, limit: float, logged: set[int]) -> set[int]:
@@ -226,9 +231,10 @@ def _send_metrics(store: MlflowClient, run_id: str, run_dir: Path, limit: float,
 
     A line that is sent twice does no harm: MLflow keeps one of equal (key, step, time, value).
     """
+    from diptych.pipelines.runs_folder import records
     from diptych.trainers.journal import read_metrics
 
-    new = [line for line in read_metrics(str(run_dir)) if line["step"] <= limit and line["step"] not in logged]
+    new = [line for line in read_metrics(records(run_dir)) if line["step"] <= limit and line["step"] not in logged]
     for batch in _batches(_metrics(new)):
         store.log_batch(run_id, metrics=batch)
     return {line["step"] for line in new}

@@ -32,6 +32,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
 
     With `averaged`, the EMA weights stand in where the run kept them. Raises `ConfigError` if the run has no whole checkpoint.
     """
+    from diptych.pipelines.runs_folder import records
     from diptych.trainers.attempts import candidates
     from diptych.trainers.checkpoint import load, newest_whole
     from diptych.trainers.runfolder import RunFolder
@@ -39,7 +40,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     from diptych.trainers.tasks import load_task_class
 
     config = _where_it_lies(RunConfig.from_json((run_dir / "config.json").read_text()), run_dir)
-    folder = RunFolder(str(run_dir))
+    folder = RunFolder(records(run_dir))
     newest = newest_whole(folder)
     if newest is None:
         raise ConfigError("RUN", str(run_dir), "a run with at least one whole checkpoint", "Let it train until its first checkpoint.")

@@ -6,8 +6,10 @@ a step that was redone after a checkpoint replaces its first try.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +31,8 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, attempt: int) -> None:
         self.folder, self.name = folder, f"metrics/a{attempt:04d}"
         self._lines: list[bytes] = []
+        # The thread that writes checkpoints adds lines too.
+        self._lock = threading.Lock()
         self._parts = 0
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
@@ -40,18 +44,23 @@ class MetricsLog:
         self._line({"committed": step, "time": time.time()})
 
     def _line(self, value: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(value).encode() + b"\n")
+        with self._lock:
+            self._lines.append(json.dumps(value).encode() + b"\n")
         if self.folder.local:
-            self.flush()
+            # What cannot be written now is kept for the next checkpoint, where all workers hear of it.
+            with contextlib.suppress(OSError):
+                self.flush()
 
     def flush(self) -> None:
         """Bring every line to the run folder."""
-        data, self._lines = b"".join(self._lines), []
-        if data and self.folder.local:
-            self.folder.append(f"{self.name}.jsonl", data)
-        elif data:
-            self._parts += 1
-            self.folder.write(f"{self.name}-{self._parts:06d}.jsonl", data)
+        with self._lock:
+            data = b"".join(self._lines)
+            if data and self.folder.local:
+                self.folder.append(f"{self.name}.jsonl", data)
+            elif data:
+                self.folder.write(f"{self.name}-{self._parts + 1:06d}.jsonl", data)
+                self._parts += 1
+            self._lines.clear()
 
 
 def read_metrics(folder: RunFolder | str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from diptych.trainers.attempts import Attempt, Fenced, checkpoint_name
 from diptych.trainers.checkpoint import Checkpoint, CheckpointWriter, begin_attempt, load
 from diptych.trainers.journal import MetricsLog, Trace
 from diptych.trainers.progress import Progress
-from diptych.trainers.runfolder import RunFolder
+from diptych.trainers.runfolder import LASTING, RunFolder, StorageFailed
 from diptych.trainers.strategies import Strategy
 from diptych.trainers.world import World
 
@@ -22,15 +22,30 @@ log = logging.getLogger(__name__)
 
 
 def start_attempt(url: str, world: World) -> Attempt:
-    """Begin an attempt on rank 0 and tell every worker; the stream starts at its `start_step`."""
-    return world.broadcast_object(begin_attempt(url, world.size) if world.rank == 0 else None)
+    """Begin an attempt on rank 0 and tell every worker; the stream starts at its `start_step`. Raises `StorageFailed` on all."""
+    begun: Attempt | StorageFailed | None = None
+    if world.rank == 0:
+        try:
+            begun = begin_attempt(url, world.size)
+        except OSError as error:
+            begun = _storage_failed(0, url, error)
+    begun = world.broadcast_object(begun)
+    if isinstance(begun, StorageFailed):
+        raise begun
+    assert begun is not None
+    return begun
+
+
+def _storage_failed(rank: int, url: str, error: OSError) -> StorageFailed:
+    return StorageFailed(f"rank {rank} cannot write to {url}: {error}", lasting=error.errno in LASTING)
 
 
 class Recorder:
     """Checkpoints, metrics and trace of one attempt. Every worker has one; rank 0 writes what is common."""
 
     def __init__(self, url: str, attempt: Attempt, world: World, config: RunConfig, digest: str = "") -> None:
-        self.folder, self.attempt, self.world, self.config, self.digest = RunFolder(url), attempt, world, config, digest
+        self.folder = RunFolder(url, config.cluster.storage_retries)
+        self.attempt, self.world, self.config, self.digest = attempt, world, config, digest
         self.metrics_log = MetricsLog(self.folder, attempt.attempt) if world.rank == 0 else None
         self.trace = Trace(self.folder, attempt.attempt, world.rank) if config.data.trace else None
         self.writer = CheckpointWriter(self.folder, attempt.attempt, config.checkpoint.keep) if world.rank == 0 else None
@@ -70,30 +85,32 @@ class Recorder:
     def checkpoint(self, strategy: Strategy, progress: Progress) -> None:
         """Copy the state now and write it behind the next steps. Every worker calls it at the same step.
 
-        Raises `Fenced`, on every worker, if a newer attempt has taken over.
+        Raises on every worker: `Fenced` if a newer attempt has taken over, `StorageFailed` if any of them could not write.
         """
-        self._flush(progress.step)
+        self._agreed(lambda: self._flush(progress.step))
         tensors = strategy.state()
         best = progress.saving(self.config, checkpoint_name(progress.step, self.attempt.attempt))
 
-        def save(writer: CheckpointWriter) -> None:
-            assert tensors is not None
-            assert self.metrics_log is not None
-            writer.save(tensors, progress.to_state() | self._facts(progress), best, self.metrics_log.committed)
+        def save() -> None:
+            if self.writer is not None:
+                assert tensors is not None
+                assert self.metrics_log is not None
+                self.writer.save(tensors, progress.to_state() | self._facts(progress), best, self.metrics_log.committed)
 
-        self._write(save)
+        self._agreed(save)
 
-    def _write(self, write: Callable[[CheckpointWriter], object]) -> None:
-        """`write` on rank 0. If it is fenced, all workers are, together: one that only saw a peer vanish would be started again."""
-        verdict = None
-        if self.writer is not None:
-            try:
-                write(self.writer)
-            except Fenced as error:
-                verdict = str(error)
-        verdict = self.world.broadcast_object(verdict)
-        if verdict is not None:
-            raise Fenced(verdict)
+    def _agreed(self, write: Callable[[], object]) -> None:
+        """`write()` on every worker; what stops one stops all, together: who only saw a peer vanish would be started again."""
+        verdict: RuntimeError | None = None
+        try:
+            write()
+        except Fenced as error:
+            verdict = error
+        except OSError as error:
+            verdict = _storage_failed(self.world.rank, self.folder.url, error)
+        for found in self.world.gather_objects(verdict):
+            if found is not None:
+                raise found
 
     def _facts(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -111,7 +128,6 @@ class Recorder:
             self.metrics_log.flush()
         if self.trace is not None:
             self.trace.flush(step)
-            self.world.barrier()
 
     def __enter__(self) -> Recorder:
         return self
@@ -125,6 +141,11 @@ class Recorder:
                 log.exception("the checkpoint under way was not written either")
 
     def close(self, step: int) -> None:
-        """Write what is left and wait for the last checkpoint; raises its error."""
-        self._write(CheckpointWriter.wait)
-        self._flush(step)
+        """Write what is left and wait for the last checkpoint; raises as `checkpoint` does."""
+
+        def rest() -> None:
+            if self.writer is not None:
+                self.writer.wait()
+            self._flush(step)
+
+        self._agreed(rest)

@@ -6,28 +6,67 @@ none: an object appears whole, and a folder counts only once its last object, th
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors that another try would only repeat."""
+
+
+class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened
+    """The run folder cannot be read or written; `lasting` if a new attempt would fail again."""
+
+    def __init__(self, message: str, lasting: bool) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (StorageFailed, (str(self), self.lasting))
 
 
 class RunFolder:
-    """Paths inside are relative, with slashes."""
+    """Paths inside are relative, with slashes. Accesses to a remote store are repeated `retries` times, with growing pauses."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, retries: int = 5) -> None:
         import fsspec
 
-        self.url = str(url)
+        self.url, self.retries = str(url), retries
         self.fs, root = fsspec.core.url_to_fs(self.url)
         self.local = self.fs.protocol in ("file", "local") or "file" in tuple(self.fs.protocol)
         self.root = root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (RunFolder, (self.url,))
+        return (RunFolder, (self.url, self.retries))
+
+    def _remote(self, access: Callable[[], T]) -> T:
+        """`access()`, tried again after what may pass: a store that is overloaded or restarts. Raises `OSError`."""
+        for attempt in range(self.retries):
+            try:
+                return access()
+            except (FileNotFoundError, FileExistsError, PermissionError):
+                raise
+            except Exception as error:  # Clients of stores have errors of their own.
+                if self.local:
+                    raise
+                log.warning("%s does not answer (%s); trying again", self.url, error)
+                time.sleep(min(0.2 * 2**attempt, 10.0))
+        try:
+            return access()
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def path(self, name: str = "") -> str:
         """Full path of `name` for `fs`."""
@@ -37,7 +76,7 @@ class RunFolder:
         """Sorted base names in `folder`; empty if it does not exist. Listings are never cached."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder), detail=False)
+            found = self._remote(lambda: self.fs.ls(self.path(folder), detail=False))
         except FileNotFoundError:
             return []
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in found} - {""})
@@ -45,29 +84,33 @@ class RunFolder:
     def exists(self, name: str) -> bool:
         """Whether a file is there now."""
         self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        return bool(self._remote(lambda: self.fs.exists(self.path(name))))
 
     def size(self, name: str) -> int:
         """Bytes of a file; `FileNotFoundError` if there is none."""
         self.fs.invalidate_cache()
-        return int(self.fs.info(self.path(name))["size"])
+        return int(self._remote(lambda: self.fs.info(self.path(name)))["size"])
 
     def read(self, name: str) -> bytes:
         """Content of a file."""
-        return bytes(self.fs.cat_file(self.path(name)))
+        return bytes(self._remote(lambda: self.fs.cat_file(self.path(name))))
 
     def sha256(self, name: str) -> str:
         """Digest of a file, read in pieces."""
-        digest = hashlib.sha256()
-        with self.fs.open(self.path(name), "rb") as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
-        return digest.hexdigest()
+
+        def once() -> str:
+            digest = hashlib.sha256()
+            with self.fs.open(self.path(name), "rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+            return digest.hexdigest()
+
+        return self._remote(once)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, replacing what was there at once."""
         if not self.local:
-            self.fs.pipe_file(self.path(name), data)
+            self._put(name, data)
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +151,14 @@ class RunFolder:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as file:
-            file.write(data)
+            whole = file.tell()
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                # Half a line would spoil the next one.
+                os.truncate(target, whole)
+                raise
 
     def write_folder(self, name: str, files: dict[str, Callable[[], bytes]], last: str, before_commit: Callable[[], None]) -> None:
         """Write `files` (made one at a time) as folder `name`; it counts once `last` is in place.
@@ -119,7 +169,7 @@ class RunFolder:
             for file, content in files.items():
                 if file == last:
                     before_commit()
-                self.fs.pipe_file(self.path(f"{name}/{file}"), content())
+                self._put(f"{name}/{file}", content())
             return
         target = Path(self.path(name))
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -137,10 +187,13 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(target.parent)
 
+    def _put(self, name: str, data: bytes) -> None:
+        self._remote(lambda: self.fs.pipe_file(self.path(name), data))
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder; nothing happens if it is gone already."""
         try:
-            self.fs.rm(self.path(name), recursive=True)
+            self._remote(lambda: self.fs.rm(self.path(name), recursive=True))
         except FileNotFoundError:
             return
 
