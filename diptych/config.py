@@ -74,11 +74,21 @@ class TaskConfig(Config, abc.ABC):
 
 
 def _comma_separated(value: Any) -> Any:
-    return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(part for part in value.split(",") if part)
+    return (value,) if isinstance(value, bool | int | float) else value
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
 """Several paths; on the command line separated by commas."""
+Names = Paths
+"""Several names, likewise."""
+Integers = Annotated[tuple[int, ...], BeforeValidator(_comma_separated)]
+"""Several integers, likewise."""
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_comma_separated)]
+"""Several numbers, likewise."""
+Flags = Annotated[tuple[bool, ...], BeforeValidator(_comma_separated)]
+"""Several truth values, likewise."""
 
 
 class DataConfig(Config):
@@ -442,7 +452,7 @@ def task_names() -> list[str]:
     """Every task that ships with recipes, by discovery."""
     from diptych import recipes
 
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__) if not module.name.startswith("_"))
 
 
 def task_config_class(name: str) -> type[TaskConfig]:
