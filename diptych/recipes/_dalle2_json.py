@@ -35,9 +35,8 @@ def translate(data: dict[str, Any]) -> Translation:
     config = config.model_copy(update={"task": build(type(config.task), fields, "task")})
     notes = _Notes(remarks)
     steps = _steps(data, notes)
-    for section, take in (("train", _train), ("data", _data)):
-        for key, value in take(dict(data.get(section) or {}), data, notes).items():
-            config = set_path(config, key, value)
+    for key, value in (_train(dict(data.get("train") or {}), data, notes) | _data(dict(data.get("data") or {}), notes)).items():
+        config = set_path(config, key, value)
     config = apply_overrides(config, [f"train.steps={steps}"] if steps else [])
     if "seed" in data:
         config = set_path(config, "seed", data["seed"])
@@ -89,15 +88,15 @@ def decoder_fields(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(fields of `Dalle2DecoderConfig`, remarks) of the peer's section `decoder`."""
     from diptych.recipes.dalle2_decoder import STAGES, Dalle2DecoderConfig
 
-    rest, notes, fields = {key: value for key, value in section.items() if value is not None}, _Notes([]), {}
+    rest, notes = {key: value for key, value in section.items() if value is not None}, _Notes([])
+    fields: dict[str, Any] = {}
     unets = rest.pop("unets")
     if not 1 <= len(unets) <= len(STAGES):
         raise ConfigError("decoder.unets", f"{len(unets)} U-Nets", f"1 to {len(STAGES)}")
     for stage, unet in zip(STAGES, unets, strict=False):
-        values, dims = _unet(f"decoder.unets.{stage}", unet, notes)
-        fields |= dims | {stage: values}
+        fields |= _unet(f"decoder.unets.{stage}", unet, stage, notes)
     _need("decoder.channels", rest.pop("channels", 3), 3)
-    _need("decoder.unconditional", rest.pop("unconditional", False), False)  # noqa: FBT003
+    _need("decoder.unconditional", rest.pop("unconditional", False), False)
     if "image_size" in rest:
         rest["image_sizes"] = [rest.pop("image_size")]
     count = len(unets)
@@ -121,15 +120,15 @@ def decoder_fields(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return fields, notes.lines
 
 
-def _unet(name: str, unet: dict[str, Any], notes: _Notes) -> tuple[UnetConfig, dict[str, Any]]:
+def _unet(name: str, unet: dict[str, Any], stage: str, notes: _Notes) -> dict[str, Any]:
     rest = {key: value for key, value in unet.items() if value is not None}
     _need(f"{name}.channels", rest.pop("channels", 3), 3)
-    dims = {key: rest.pop(key) for key in ("image_embed_dim", "text_embed_dim") if key in rest}
+    dims: dict[str, Any] = {key: rest.pop(key) for key in ("image_embed_dim", "text_embed_dim") if key in rest}
     if not rest.get("cond_on_text_encodings"):
         dims.pop("text_embed_dim", None)
     values = {key: rest.pop(key) for key in list(rest) if key in UnetConfig.model_fields}
     notes.leftovers(name, rest, _UNET_UNUSED)
-    return build(UnetConfig, values, name), dims
+    return {**dims, stage: build(UnetConfig, values, name)}
 
 
 _NET_FIXED = {"norm_in": False, "norm_out": True, "final_proj": True, "rotary_emb": True, "self_cond": False}
@@ -251,7 +250,7 @@ _DATA_UNUSED = {
 }
 
 
-def _data(source: dict[str, Any], data: dict[str, Any], notes: _Notes) -> dict[str, Any]:
+def _data(source: dict[str, Any], notes: _Notes) -> dict[str, Any]:
     """Dotted keys for the peer's section `data`."""
     found: dict[str, Any] = {}
     if "webdataset_base_url" in source:

@@ -25,7 +25,7 @@ from diptych.config import (
     TaskConfig,
     TrainConfig,
     ValidationConfig,
-    set_path,
+    build,
 )
 from diptych.recipes._unets import UnetConfig
 
@@ -190,9 +190,7 @@ class Dalle2DecoderConfig(TaskConfig):
                 "another number than the embedding's dimension",
                 "dalle2-pytorch leaves the projection out where both are equal, and then every sample sees the embeddings of the batch.",
             )
-        if index and not (
-            self.of_stage("use_blur_for_lowres_cond", index - 1) or self.of_stage("use_noise_for_lowres_cond", index - 1)
-        ):
+        if index and not (self.of_stage("use_blur_for_lowres_cond", index - 1) or self.of_stage("use_noise_for_lowres_cond", index - 1)):
             raise ConfigError("task.use_blur_for_lowres_cond", False, "true unless task.use_noise_for_lowres_cond is true")
         if self.random_crop_sizes and index == 0 and self.random_crop_sizes[0]:
             raise ConfigError("task.random_crop_sizes", self.random_crop_sizes, "0 first: the base sees whole pictures")
@@ -207,10 +205,10 @@ class Dalle2DecoderConfig(TaskConfig):
         return Needs(image=image, tokens=tokens, image_embedding=EmbeddingNeed(self.image_embed_dim), cached=cached)
 
     def resolve(self, facts: dict[str, Any]) -> Dalle2DecoderConfig:
-        """With the dimension of the data, where `image_embed_dim` is empty."""
-        if self.image_embed_dim is not None or facts.get("image_dim") is None:
-            return self
-        return set_path(self, "image_embed_dim", facts["image_dim"])
+        """With the dimensions of the data, where `image_embed_dim` and `text_embed_dim` are empty."""
+        dims = {"image_embed_dim": facts.get("image_dim"), "text_embed_dim": (facts.get("text_states_shape") or (None,))[-1]}
+        found = {key: dim for key, dim in dims.items() if getattr(self, key) is None and dim is not None}
+        return build(Dalle2DecoderConfig, dict(self) | found, "task") if found else self
 
     def check_data(self, facts: dict[str, Any]) -> None:
         """Refuse shards without pictures, missing embeddings, and a dimension that differs from `image_embed_dim`."""
@@ -218,7 +216,9 @@ class Dalle2DecoderConfig(TaskConfig):
             raise ConfigError("data.shards", "samples without images", "samples with images", "Check that the tars hold jpg, png or webp.")
         dim = facts.get("image_dim")
         if dim is None:
-            raise ConfigError("data.embeddings", "no image embeddings", "a folder with img_emb", "`diptych embed SHARDS OUT` computes them.")
+            raise ConfigError(
+                "data.embeddings", "no image embeddings", "a folder with img_emb", "`diptych embed SHARDS OUT` computes them."
+            )
         if self.image_embed_dim not in (None, dim):
             raise ConfigError(
                 "task.image_embed_dim",

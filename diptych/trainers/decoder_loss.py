@@ -136,7 +136,12 @@ def _cropped(picture: Tensor, corners: Tensor, side: int) -> Tensor:
 
 
 def stage_losses(
-    decoder: Decoder, config: Dalle2DecoderConfig, number: int, image: Tensor, conditions: dict[str, Tensor | None], draws: dict[str, Tensor]
+    decoder: Decoder,
+    config: Dalle2DecoderConfig,
+    number: int,
+    image: Tensor,
+    conditions: dict[str, Tensor | None],
+    draws: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """(distance, variance loss or None), each `[B]`, of U-Net `number` on `image` `[B, 3, H, W]` in [0, 1].
 

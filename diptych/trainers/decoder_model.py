@@ -100,7 +100,8 @@ def decoder_section(config: Dalle2DecoderConfig) -> dict[str, Any]:
     """The section `decoder` of the peer's own configuration."""
     count = len(config.image_sizes)
     upsamplers = {
-        key: [config.of_stage(key, index) for index in range(count - 1)] for key in ("use_blur_for_lowres_cond", "use_noise_for_lowres_cond")
+        key: [config.of_stage(key, index) for index in range(count - 1)]
+        for key in ("use_blur_for_lowres_cond", "use_noise_for_lowres_cond")
     }
     stages = ("predict_x_start", "predict_v", "p2_loss_weight_gamma", "sample_timesteps")
     same = (
@@ -197,7 +198,7 @@ def _trainer_state(decoder: Decoder, state: dict[str, Tensor]) -> dict[str, Any]
         optimizer = get_optimizer(unet.parameters(), lr=1e-4, wd=1e-2, group_wd_params=True) if known else None
         trainer[f"optim{index}"] = optimizer.state_dict() if optimizer else None
         trainer[f"sched{index}"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict() if optimizer else None
-        averaged |= {f"{index}.initted": torch.tensor(True), f"{index}.step": torch.tensor(0)}  # noqa: FBT003
+        averaged |= {f"{index}.initted": torch.tensor(True), f"{index}.step": torch.tensor(0)}
         prefix = f"unets.{index}."
         for owner in ("online_model", "ema_model"):
             averaged |= {f"{index}.{owner}.{key.removeprefix(prefix)}": value for key, value in state.items() if key.startswith(prefix)}

@@ -108,18 +108,18 @@ class _Stage:
         if self.steps < self.scheduler.num_timesteps:
             times = torch.linspace(0.0, self.scheduler.num_timesteps, self.steps + 2)[:-1].int().tolist()[::-1]
             pairs = [(time, following) for time, following in itertools.pairwise(times) if time > following]
-            step, last = self._ddim, 0
+            last = 0
         else:
             pairs = [(time, time - 1) for time in range(self.scheduler.num_timesteps - 1, -1, -1)]
-            step, last = self._ancestral, -1
+            last = -1
         repeats = self.inpaint.resample if self.inpaint else 1
         for time, following in pairs:
             for repeat in range(repeats - 1, -1, -1):
                 picture = self._keep(picture, time, repeat)
-                picture = step(picture, time, following, repeat)
+                picture = self._ddim(picture, time, following, repeat) if last == 0 else self._ancestral(picture, time, repeat)
                 if repeat and following != last:
                     picture = self._back(picture, following, time, repeat)
-        if self.known is not None:
+        if self.known is not None and self.keep is not None:
             picture = torch.where(self.keep, self.known, picture)
         return self.decoder.unnormalize_img(picture)
 
@@ -141,7 +141,7 @@ class _Stage:
 
     def _keep(self, picture: Tensor, time: int, repeat: int) -> Tensor:
         """Known pixels at the noise of `time` (RePaint)."""
-        if self.known is None:
+        if self.known is None or self.keep is None:
             return picture
         noised = self.scheduler.q_sample(self.known, t=self._times(picture, time), noise=self.noise(f"known{time}.{repeat}"))
         return torch.where(self.keep, noised, picture)
@@ -175,7 +175,7 @@ class _Stage:
         picture = start * then.sqrt() + kept_part * direction
         return picture + random_part * self.noise(f"step{time}.{repeat}") if self.eta and following else picture
 
-    def _ancestral(self, picture: Tensor, time: int, _following: int, repeat: int) -> Tensor:
+    def _ancestral(self, picture: Tensor, time: int, repeat: int) -> Tensor:
         """Ho et al. 2020, arXiv:2006.11239."""
         decoder, index = self.decoder, self.index
         mean, _, log_variance, self.former = decoder.p_mean_variance(

@@ -225,7 +225,9 @@ def test_unets_of_two_checkpoints_make_one_decoder(tmp_path):
     assert not any(parameter.requires_grad for parameter in one.decoder.unets[0].parameters())
 
 
-@pytest.mark.parametrize("damage", ["other sizes", "no weights", "not a checkpoint", "no config", "other dimension", "other pictures", "nan"])
+@pytest.mark.parametrize(
+    "damage", ["other sizes", "no weights", "not a checkpoint", "no config", "other dimension", "other pictures", "nan"]
+)
 def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
     folder = tmp_path / "export"
     make("task.base.dim=16").export(folder)
@@ -297,4 +299,3 @@ def test_a_configuration_that_cannot_work_is_refused(override, key):
     assert caught.value.key == key
     if key == "task.sample_timesteps":
         assert "100" in str(caught.value)
-

@@ -36,7 +36,9 @@ class Dalle2DecoderTask(Task):
     @property
     def coefficients(self) -> dict[str, float]:
         """The variance's loss counts `vb_loss_weight`."""
-        return {_variance(number): self.config.vb_loss_weight for number in self.config.trained if self.decoder.learned_variance[number - 1]}
+        return {
+            _variance(number): self.config.vb_loss_weight for number in self.config.trained if self.decoder.learned_variance[number - 1]
+        }
 
     def draws(self, batch: Batch) -> Batch:
         """Noise, timesteps, condition masks, and what upsamplers' smaller pictures go through, for each U-Net that learns."""
