@@ -81,14 +81,10 @@ def _comma_separated(value: Any) -> Any:
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
 """Several paths; on the command line separated by commas."""
-Names = Paths
-"""Several names, likewise."""
 Integers = Annotated[tuple[int, ...], BeforeValidator(_comma_separated)]
-"""Several integers, likewise."""
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_comma_separated)]
-"""Several numbers, likewise."""
 Flags = Annotated[tuple[bool, ...], BeforeValidator(_comma_separated)]
-"""Several truth values, likewise."""
+"""Several of a kind, likewise."""
 
 
 class DataConfig(Config):

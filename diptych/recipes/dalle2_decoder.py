@@ -17,7 +17,6 @@ from diptych.config import (
     DataConfig,
     Flags,
     Integers,
-    Names,
     Numbers,
     OptimConfig,
     Paths,
@@ -56,7 +55,7 @@ class Dalle2DecoderConfig(TaskConfig):
     """U-Nets that learn, from 1; empty = all. The others keep their weights, and their losses are not computed."""
     timesteps: int = pydantic.Field(1000, ge=2)
     """Diffusion timesteps."""
-    beta_schedule: Names = ()
+    beta_schedule: Paths = ()
     """Noise schedule of each U-Net (cosine, linear, quadratic, jsd, sigmoid); empty = cosine, and linear for the last upsampler."""
     loss_type: Literal["l1", "l2", "huber"] = "l2"
     """Distance between prediction and target."""
