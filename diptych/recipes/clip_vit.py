@@ -120,7 +120,7 @@ def scenes() -> RunConfig:
         task=ClipVitConfig(model="", architecture=sizes, image_size=64),
         data=DataConfig(validation_share=0.1),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=50, schedule="cosine", min_lr=1e-6, clip_norm=1.0),
-        train=TrainConfig(steps=600, global_batch_size=64),
+        train=TrainConfig(steps=600, global_batch_size=64, precision="fp32"),
         validation=ValidationConfig(every_steps=100, samples=300, batch_size=100),
     )
 

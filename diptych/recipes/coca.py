@@ -149,8 +149,27 @@ def demo() -> RunConfig:
         workers=2,
         data=DataConfig(validation_share=0.1),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, schedule="cosine", clip_norm=1.0),
-        train=TrainConfig(steps=1000, global_batch_size=64),
+        # At this width bf16 takes 2.5 times as long as fp32, with AMX too: what is converted costs more than what is multiplied.
+        train=TrainConfig(steps=1000, global_batch_size=64, precision="fp32"),
         validation=ValidationConfig(every_steps=250, samples=200, batch_size=200),
+    )
+
+
+def scenes() -> RunConfig:
+    """A CoCa of 1.3 million parameters that says in words what a generated scene shows.
+
+    Source: none; tuned on scenes of `diptych.datasets.scenes`, whose pictures have exactly one right caption each.
+    Command: diptych train coca --recipe scenes data.shards=SHARDS
+    Hardware: 2 CPU cores. Expected: exact match of greedy captions at least 0.6 on held-out scenes.
+    """
+    return RunConfig(
+        task=CocaConfig(
+            model="custom", architecture=CocaArchitecture(image_layers=4), tokenizer="train:256", image_size=64, context_length=18
+        ),
+        data=DataConfig(validation_share=0.05),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=50, schedule="cosine", clip_norm=1.0),
+        train=TrainConfig(steps=2000, global_batch_size=64, precision="fp32"),
+        validation=ValidationConfig(every_steps=250, samples=500, batch_size=100),
     )
 
 
