@@ -168,7 +168,7 @@ def scenes() -> RunConfig:
         ),
         data=DataConfig(validation_share=0.05),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=50, schedule="cosine", clip_norm=1.0),
-        train=TrainConfig(steps=2000, global_batch_size=64, precision="fp32"),
+        train=TrainConfig(steps=1500, global_batch_size=64, precision="fp32"),
         validation=ValidationConfig(every_steps=250, samples=500, batch_size=100),
     )
 

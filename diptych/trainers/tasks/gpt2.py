@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from diptych.config import ConfigError
@@ -45,7 +45,7 @@ class GPT2Task(Task):
         self.vocabulary = _load_vocabulary(config.tokenizer or config.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model: Any = self._pretrained() if config.model else self._fresh()
+            self.model: Any = _fused(self._pretrained() if config.model else self._fresh())
             if config.lora.rank:
                 self.model = _with_adapters(self.model, config)
 
@@ -239,6 +239,14 @@ def _load_vocabulary(name: str) -> Vocabulary:
     if vocabulary.tokenizer is not None and not vocabulary.folder:
         raise ConfigError("task.tokenizer", name, "a tokenizer of Hugging Face, which the exported model brings along")
     return vocabulary
+
+
+def _fused(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """GPT-2's activation as PyTorch's one kernel: transformers writes the same function out in eight operations, each through memory."""
+    if model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = nn.GELU(approximate="tanh")
+    return model
 
 
 def _with_adapters(model: GPT2LMHeadModel, config: GPT2Config) -> Any:
