@@ -6,6 +6,7 @@ what they generate. A tokenizer is named as in `batches.TokenNeed`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,17 @@ class Vocabulary:
         tokens = tokens[: tokens.index(self.end)] if self.end in tokens else tokens
         return " ".join(self.tokenizer.decode([token for token in tokens if token not in (self.pad, self.start)]).split())
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without start and end tokens and however long."""
+        if self.tokenizer is None:
+            raise ValueError("task.tokenizer is train:<size> and not trained yet; name the run's tokenizer folder")
+        if not self.folder:
+            return list(self.tokenizer.encode(text))
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of `open_clip`, of a tokenizer's folder or hub name, or of `train:<size>` before it is trained.
+    """The vocabulary of `open_clip`, of a tokenizer's folder or hub name (`org/repo`, or `org/repo/folder`), or of `train:<size>` before it is trained.
 
     A tokenizer that `train:<size>` asks for has at most that many ids; pad, start and end are 0, 1 and 2.
     """
@@ -50,7 +59,10 @@ def load_vocabulary(name: str) -> Vocabulary:
         return Vocabulary(bpe.vocab_size, 0, bpe.sot_token_id, bpe.eot_token_id, tokenizer=bpe)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    # `org/repo/tokenizer` is a folder inside a repository of the hub.
+    parts = name.split("/") if not os.path.isdir(name) else [name]
+    inside = {"subfolder": "/".join(parts[2:])} if len(parts) > 2 and parts[0] not in ("", ".", "..", "~") else {}
+    tokenizer = AutoTokenizer.from_pretrained("/".join(parts[:2]) if inside else name, **inside)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if start is None or end is None:

@@ -1,7 +1,7 @@
 """What people look at while a run trains: a table of held-out samples after each validation, with their pictures.
 
-`samples/step_00000100.json` holds the task's table, `samples/step_00000100.jpg` the pictures of its rows, if it has any;
-the driver copies both to MLflow.
+`samples/step_00000100.json` holds the task's table, `samples/step_00000100.jpg` the pictures of its rows, or
+`samples/step_00000100_<grid>.jpg` those that the task made; the driver copies them to MLflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def write_samples(folder: Path, step: int, task: Task, batch: Batch) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {"title": table.title, "step": step, "columns": table.columns, "rows": table.rows}
     (folder / f"step_{step:08d}.json").write_text(json.dumps(about, ensure_ascii=False, default=str))
-    if "image" in batch:
+    for grid in table.grids:
+        write_grid(folder / f"step_{step:08d}_{grid.name}.jpg", grid.images, grid.columns)
+    if not table.grids and "image" in batch:
         write_grid(folder / f"step_{step:08d}.jpg", batch["image"].cpu().numpy())
 
 

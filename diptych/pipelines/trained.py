@@ -36,7 +36,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     from diptych.trainers.attempts import candidates
     from diptych.trainers.checkpoint import load, newest_whole
     from diptych.trainers.runfolder import RunFolder
-    from diptych.trainers.state import copy_into, persistent_buffers
+    from diptych.trainers.state import copy_into, saved_tensors
     from diptych.trainers.tasks import load_task_class
 
     config = _where_it_lies(RunConfig.from_json((run_dir / "config.json").read_text()), run_dir)
@@ -54,7 +54,7 @@ def load_trained(run_dir: Path, checkpoint: str = "newest", averaged: bool = Tru
     loaded = load(folder, name, optimizer=False)
     task = load_task_class(config.task.name)(config.task, config.seed)
     weights = loaded.tensors.weights | (loaded.tensors.ema if averaged else {})
-    copy_into(dict(task.named_parameters()) | persistent_buffers(task), weights, f"{run_dir}/{name}")
+    copy_into(saved_tensors(task), weights, f"{run_dir}/{name}")
     return Trained(run_dir, config, task.to(device).eval(), name, loaded.state)
 
 

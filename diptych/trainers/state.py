@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from diptych.config import ConfigError
+
+if TYPE_CHECKING:
+    from diptych.trainers.task import Task
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's moments, under torch's and DeepSpeed's common names."""
@@ -38,6 +42,12 @@ def persistent_buffers(task: nn.Module) -> dict[str, Tensor]:
         f"{prefix}.{name}" if prefix else name for prefix, module in task.named_modules() for name in module._non_persistent_buffers_set
     }
     return {name: buffer for name, buffer in task.named_buffers() if name not in hidden}
+
+
+def saved_tensors(task: Task) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model: parameters, but for frozen ones that the task restores itself, and buffers."""
+    left_out = task.restorable()
+    return {name: value for name, value in task.named_parameters() if name not in left_out} | persistent_buffers(task)
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

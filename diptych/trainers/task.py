@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,12 +56,24 @@ class Validation:
     """As `Output.features`: gathered from all workers, so that `contrast` sees the whole validation batch."""
 
 
+class Grid(NamedTuple):
+    """Pictures for people, laid out in rows."""
+
+    name: str
+    """A short name that a file can have."""
+    images: np.ndarray
+    """uint8 [N, H, W, 3]"""
+    columns: int
+
+
 class Table(NamedTuple):
     """A table for people, which `evaluate` prints, logs and writes as csv and HTML."""
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
+    grids: tuple[Grid, ...] = ()
+    """Pictures that belong to it; empty = those of the batch, if it has any."""
 
 
 @dataclass
@@ -142,6 +155,10 @@ class Task(nn.Module, abc.ABC):
                 (decay if parameter.ndim >= 2 else plain).append(parameter)
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
+
+    def restorable(self) -> frozenset[str]:
+        """Names of frozen parameters that the configuration alone restores (published weights), so that no checkpoint holds them."""
+        return frozenset()
 
     def set_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass. Tasks that cannot must say so with a `ValueError`."""

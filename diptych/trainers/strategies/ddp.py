@@ -18,7 +18,7 @@ from diptych.config import RunConfig
 from diptych.trainers.ema import Ema
 from diptych.trainers.optim import adamw, clip_gradients, set_learning_rate
 from diptych.trainers.precision import Precision, resolve_precision
-from diptych.trainers.state import MOMENTS, TrainState, copy_into, persistent_buffers, to_cpu, trainable
+from diptych.trainers.state import MOMENTS, TrainState, copy_into, saved_tensors, to_cpu, trainable
 from diptych.trainers.strategies.warmup import example_loss, no_bare_parameters, prepare_task, state_kept
 from diptych.trainers.task import Batch, Output, Task, Validation
 from diptych.trainers.world import World
@@ -152,7 +152,7 @@ class DDPStrategy:
             self.scaler.load_state_dict(state.scaler)
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        return dict(self.task.named_parameters()) | persistent_buffers(self.task)
+        return saved_tensors(self.task)
 
     def optimizer_bytes(self) -> int:
         """Both moments of every trainable parameter."""

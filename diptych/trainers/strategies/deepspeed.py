@@ -215,7 +215,9 @@ class DeepSpeedStrategy:
             part |= to_cpu({name: tensor})
 
     def _frozen(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.task.named_parameters() if name not in self.parameters}
+        """Those that a checkpoint holds."""
+        left_out = self.parameters.keys() | self.task.restorable()
+        return {name: parameter for name, parameter in self.task.named_parameters() if name not in left_out}
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         if self.stage < 3:
@@ -228,7 +230,8 @@ class DeepSpeedStrategy:
     def load_state(self, state: TrainState) -> None:
         """Each worker takes its part of every tensor."""
         buffers = persistent_buffers(self.task)
-        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self.task.named_parameters()}
+        held = self.parameters | self._frozen()
+        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in held.items()}
         check_fit(shapes | {name: buffer.shape for name, buffer in buffers.items()}, state.weights, "model.safetensors")
         copy_into(buffers, {name: state.weights[name] for name in buffers}, "model.safetensors")
         for name, parameter in self._frozen().items():
