@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -58,7 +58,9 @@ def load_adapters(parts: SdParts, source: str) -> None:
         raise ConfigError("task.lora.start", source, f"a {_FILE}, or a folder with one", str(error)) from error
     for name, part in _adapted(parts).items():
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        loaded = convert_unet_state_dict_to_peft(own)
+        loaded = convert_unet_state_dict_to_peft(own) if name == "unet" else convert_state_dict_to_peft(own)
+        # transformers before version 5 had one more level of names.
+        loaded = {key.removeprefix("text_model."): value for key, value in loaded.items()}
         _check_fit(source, name, get_peft_model_state_dict(part), loaded)
         set_peft_model_state_dict(part, loaded)
     strangers = sorted({key.split(".")[0] for key in tensors} - set(_adapted(parts)))

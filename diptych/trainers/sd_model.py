@@ -82,6 +82,7 @@ def build_parts(config: StableDiffusionConfig, vocabulary: Vocabulary | None, se
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
     return parts
 
 

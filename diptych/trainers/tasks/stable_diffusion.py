@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from diptych.config import ConfigError
 from diptych.recipes.stable_diffusion import StableDiffusionConfig
 from diptych.trainers import randomness
 from diptych.trainers.sd_export import export_parts, usage
@@ -24,7 +25,7 @@ from diptych.trainers.sd_lora import add_adapters
 from diptych.trainers.sd_model import build_parts, freeze_but, pixels, vae_factor, vae_terms
 from diptych.trainers.sd_show import show_pictures, show_reconstructions
 from diptych.trainers.task import Batch, Output, Table, Task, Term, synthetic_rows
-from diptych.vocabulary import load_vocabulary
+from diptych.vocabulary import Vocabulary, load_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class StableDiffusionTask(Task):
     def __init__(self, config: StableDiffusionConfig, seed: int) -> None:
         """Raises `ConfigError` where weights, sizes, tokenizer or adapters do not belong together."""
         super().__init__(config, seed)
-        self.vocabulary = load_vocabulary(config.tokenizer_source) if config.train != "vae" else None
+        self.vocabulary = _vocabulary(config) if config.train != "vae" else None
         self.parts = build_parts(config, self.vocabulary, seed)
         freeze_but(config, self.parts)
         if config.train == "lora":
@@ -226,3 +227,13 @@ class StableDiffusionTask(Task):
     def usage(self) -> str:
         """See `Task.usage`."""
         return usage(self.config)
+
+
+def _vocabulary(config: StableDiffusionConfig) -> Vocabulary:
+    try:
+        return load_vocabulary(config.tokenizer_source)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        key, value = ("task.tokenizer", config.tokenizer) if config.tokenizer else ("task.pretrained", config.pretrained)
+        raise ConfigError(key, value, "a folder or hub name that holds a tokenizer", str(error).strip().splitlines()[0]) from error
