@@ -5,7 +5,6 @@ Source: diffusers (UNet2DConditionModel, AutoencoderKL, schedulers) and transfor
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,13 @@ _SCHEDULE = {
 
 @dataclass
 class SdParts:
-    """What a run holds. Under `train=vae` there is a VAE alone."""
+    """What a run holds. Under `train=vae` there is a VAE alone, and the others are None."""
 
     vae: AutoencoderKL
-    unet: UNet2DConditionModel | None
-    text_encoder: CLIPTextModel | None
+    unet: Any
+    """UNet2DConditionModel"""
+    text_encoder: Any
+    """CLIPTextModel"""
     scheduler: dict[str, Any]
     """The scheduler's configuration as the pipeline has it, with its class and with what the U-Net predicts."""
 
@@ -180,8 +181,6 @@ def vae_factor(vae: AutoencoderKL) -> int:
 def _check(config: StableDiffusionConfig, parts: SdParts, vocabulary: Vocabulary) -> None:
     """Refuse parts that do not belong together."""
     unet, text_encoder, vae = parts.unet, parts.text_encoder, parts.vae
-    assert unet is not None
-    assert text_encoder is not None
     if unet.config.in_channels != vae.config.latent_channels:
         received = f"a U-Net of {unet.config.in_channels} input channels with a VAE of {vae.config.latent_channels}"
         raise ConfigError(
@@ -234,8 +233,3 @@ def vae_terms(vae: AutoencoderKL, image: Tensor, noise: Tensor) -> dict[str, Ten
         "kl": kl.flatten(1).sum(dim=1) / error[0].numel(),
         "variance": ((mean**2).flatten(1).mean(dim=1) - 1) ** 2,
     }
-
-
-def scheduler_json(parts: SdParts) -> str:
-    """The scheduler's configuration, as a pipeline's folder holds it."""
-    return json.dumps(parts.scheduler, indent=2, sort_keys=True)
