@@ -113,14 +113,16 @@ def open_painter(spec: PainterSpec) -> Painter:
 
 def _open_stable_diffusion(run: Path, spec: PainterSpec, device: str) -> Painter:
     from diptych.pipelines.trained import load_trained
-    from diptych.trainers.sd_painter import SdPainter  # type: ignore[import-not-found]
-    from diptych.trainers.tasks.stable_diffusion import StableDiffusionTask  # type: ignore[import-not-found]
+    from diptych.recipes.stable_diffusion import StableDiffusionConfig
+    from diptych.trainers.sd_painter import SdPainter
+    from diptych.trainers.tasks.stable_diffusion import StableDiffusionTask
 
     if spec.base:
         config = _config(run)
+        assert isinstance(config.task, StableDiffusionConfig)
         # A LoRA's adapters start at zero, but they may go on from a file: without them the base is the base.
         task = StableDiffusionTask(config.task, config.seed).to(device).eval()
-        return SdPainter(task, base=getattr(config.task, "train", "") == "lora")
+        return SdPainter(task, base=config.task.train == "lora")
     found = load_trained(run, spec.checkpoint, spec.averaged, device).task
     assert isinstance(found, StableDiffusionTask)
     return SdPainter(found)
