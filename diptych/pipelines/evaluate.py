@@ -23,6 +23,7 @@ from diptych.pipelines.console import finish, note, progress, show_faults, show_
 if TYPE_CHECKING:
     from diptych.batches import Fault
     from diptych.datasets.stream import StreamSpec
+    from diptych.pipelines.evaluate_pictures import PictureEvaluation
     from diptych.pipelines.trained import Trained
     from diptych.trainers.task import Batch, Evaluation
 
@@ -40,8 +41,11 @@ def run(
     averaged: bool = True,
     device: str = "auto",
     track: bool = True,
+    pictures: PictureEvaluation | None = None,
 ) -> dict[str, Any]:
     """Evaluate each of `runs` (folders, or names under `runs`); returns `metrics, runs, faults, seconds`.
+
+    With `pictures`, those of `runs` that paint also make pictures of held-out captions, and `pictures` of the result tells of them.
 
     Takes the run's held-out samples, as many as its validation (or `samples`), or all of `shards` (with `embeddings`).
     `metrics` are those of the only run, or of each by its name. Tables go to the run's `evaluation/` and, with `track`, to its
@@ -54,7 +58,19 @@ def run(
     found = [_evaluate(folder, shards, embeddings, samples, checkpoint, averaged, _device(device), track) for folder in folders]
     metrics: dict[str, Any] = found[0]["metrics"] if len(found) == 1 else {each["run"]: each["metrics"] for each in found}
     faults = [fault for each in found for fault in each.pop("faults")]
-    return {"metrics": metrics, "runs": found, "faults": faults, "seconds": time.monotonic() - started}
+    result: dict[str, Any] = {"metrics": metrics, "runs": found, "faults": faults}
+    if pictures is not None:
+        from diptych.pipelines import evaluate_pictures
+        from diptych.pipelines.painters import painter_specs
+
+        specs = painter_specs(folders, clip=pictures.clip, checkpoint=checkpoint, averaged=averaged, device=device)
+        result["pictures"] = evaluate_pictures.run(specs, shards, pictures)
+        for model in result["pictures"]["models"]:
+            if track and model["checkpoint"]:
+                figures = {name: value for name, value in model.items() if isinstance(value, float) and name != "lr"}
+                run_dir = Path(model["folder"]).parents[1]
+                _track(run_dir, Path(model["folder"]), figures, int(model["step"]), ("*.json", "*.jpg"))
+    return result | {"seconds": time.monotonic() - started}
 
 
 def _device(name: str) -> str:
@@ -208,7 +224,7 @@ def _first(batches: HeldOut) -> Batch:
     return {key: torch.cat([part[key] for part in taken])[:_SHOWN] for key in taken[0]}
 
 
-def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int) -> None:
+def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int, patterns: tuple[str, ...] = ("*",)) -> None:
     """Add the figures as `eval/…` (or `eval/on-…/…`) and the files to the run in MLflow; a server that is away costs a note."""
     from diptych.pipelines.runs_folder import read_driver
 
@@ -224,14 +240,14 @@ def _track(run_dir: Path, folder: Path, metrics: dict[str, float], step: int) ->
     try:
         store = client(driver["uri"])
         store.log_batch(driver["run_id"], metrics=[Metric(f"{prefix}/{name}", float(value), now, step) for name, value in metrics.items()])
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
             store.log_artifact(driver["run_id"], str(path), str(folder.relative_to(run_dir)))
     except Exception as error:
         note(f"not copied to MLflow ({error}); the evaluation stands in {folder}")
 
 
 def command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or names under runs/")],
+    arguments: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="run folders, or names under runs/; steps=30, …")],
     *,
     shards: Annotated[str, typer.Option(help="evaluate on all of these shards instead of the run's held-out samples")] = "",
     embeddings: Annotated[str, typer.Option(help="embeddings of those shards, for tasks that need them")] = "",
@@ -240,21 +256,48 @@ def command(
     averaged: Annotated[bool, typer.Option(help="take the averaged weights, where the run kept some")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
     track: Annotated[bool, typer.Option(help="add the figures to the run in MLflow")] = True,
+    clip: Annotated[str, typer.Option(help="runs that paint: make pictures of held-out captions, judged by this CLIP")] = "",
+    judge: Annotated[str, typer.Option(help="another CLIP that judges than the one that the prior and decoder know")] = "",
+    pictures: Annotated[int, typer.Option(help="pictures at most")] = 100,
+    seed: Annotated[int, typer.Option(help="seed of the first picture")] = 0,
+    inception: Annotated[str, typer.Option(help="file of Inception weights for FID, KID and IS; default: torch's cache")] = "",
+    log: Annotated[str, typer.Option(help="csv of the model log, its page beside; default: model_log.csv beside the runs")] = "",
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Measure RUN on held-out samples; tables go to its evaluation/ folder and to MLflow.
 
     Example: diptych evaluate runs/coca-20250101-120000 --samples 1000
     """
-    result = run(runs, shards, embeddings=embeddings, samples=samples, checkpoint=checkpoint, averaged=averaged, device=device, track=track)
+    from diptych.pipelines.evaluate_pictures import PictureEvaluation
+
+    runs, settings = [text for text in arguments if "=" not in text], [text for text in arguments if "=" in text]
+    if settings and not clip:
+        raise ConfigError("KEY=VALUE", settings[0], "settings of pictures beside --clip", "Without it no pictures are made.")
+    wanted = PictureEvaluation(clip, judge, pictures, tuple(settings), seed, inception, log) if clip else None
+    result = run(
+        runs, shards, embeddings=embeddings, samples=samples, checkpoint=checkpoint, averaged=averaged, device=device, track=track,
+        pictures=wanted,
+    )  # fmt: skip
     names = list(dict.fromkeys(name for each in result["runs"] for name in each["metrics"]))
     rows = [[name, *(f"{each['metrics'][name]:.4g}" if name in each["metrics"] else "" for each in result["runs"])] for name in names]
     show_table(f"{result['runs'][0]['samples']:,} held-out samples", ["figure", *(each["run"] for each in result["runs"])], rows)
     for each in result["runs"]:
         for table in each["tables"]:
             show_table(f"{each['run']}: {table['title']}", table["columns"], [[_short(cell) for cell in row] for row in table["rows"]])
+    if wanted is not None:
+        _show_pictures(result["pictures"])
     show_faults(result["faults"])
     finish(result, json)
+
+
+def _show_pictures(found: dict[str, Any]) -> None:
+    models = found["models"]
+    names = list(dict.fromkeys(name for model in models for name, value in model.items() if isinstance(value, float)))
+    rows = [[name, *(_short(model.get(name, "")) for model in models)] for name in names]
+    show_table(f"{models[0]['pictures']} pictures of held-out captions", ["figure", *(model["model"] for model in models)], rows)
+    for sentence in found["left_out"]:
+        note(f"not measured: {sentence}")
+    note(f"model log: {found['log']} and its page beside")
 
 
 def _short(value: Any) -> Any:

@@ -81,10 +81,10 @@ def run(spec: PainterSpec, call: PictureCall) -> dict[str, Any]:
     `texts` has a row per picture that this call made: `file, prompt, seed, …`, and `clip_score` where a CLIP judged. Raises `ConfigError`
     for requests that the models cannot serve, and for a folder of shards that another call has filled.
     """
-    from diptych.pipelines.painters import open_painter
+    from diptych.pipelines.painters import checkpoint_names, open_painter
 
     # Models and checkpoint by name: a resumed call is the same call only on the same weights.
-    about = {"model": spec.name, "checkpoint": _checkpoint(spec), "averaged": spec.averaged}
+    about = {"model": spec.name, "checkpoint": checkpoint_names(spec), "averaged": spec.averaged}
     default = spec.run_of("dalle2_decoder") or Path(spec.runs[0])
     return paint(functools.partial(open_painter, spec), call, about, str(default / "generated"))
 
@@ -205,16 +205,6 @@ def _actors(call: PictureCall) -> int:
     from diptych.pipelines.ray_context import local_gpus
 
     return max(1, int(local_gpus() / call.gpus_per_worker))
-
-
-def _checkpoint(spec: PainterSpec) -> str:
-    from diptych.trainers.checkpoint import newest_whole
-    from diptych.trainers.runfolder import RunFolder
-
-    if spec.base:
-        return ""
-    names = [newest_whole(RunFolder(run)) or "" if spec.checkpoint == "newest" else spec.checkpoint for run in spec.runs]
-    return " + ".join(names)
 
 
 def _claim(out: str, facts: dict[str, Any], call: PictureCall, jobs: list[PictureJob]) -> None:

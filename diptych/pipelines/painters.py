@@ -65,6 +65,24 @@ def painter_spec(
     return PainterSpec(tuple(str(folder) for folder in folders), tasks, _whole_name(clip), checkpoint, averaged, device)
 
 
+def painter_specs(
+    runs: Sequence[str | Path], *, clip: str, checkpoint: str = "newest", averaged: bool = True, device: str = "auto"
+) -> list[PainterSpec]:  # fmt: skip
+    """Every painter among `runs`: each stable_diffusion run, and each decoder with the one prior. `ConfigError` if there is none."""
+    kinds: dict[str, list[str]] = {}
+    for run in map(str, runs):
+        kinds.setdefault(_config(Path(run)).task.name, []).append(run)
+    priors, decoders = kinds.get("dalle2_prior", []), kinds.get("dalle2_decoder", [])
+    if decoders and len(priors) != 1:
+        raise ConfigError(
+            "RUN", f"{len(priors)} priors", "one dalle2_prior beside the decoders", "Evaluate the others in calls of their own."
+        )
+    groups = [[run] for run in kinds.get("stable_diffusion", [])] + [[priors[0], decoder] for decoder in decoders]
+    if not groups:
+        raise ConfigError("RUN", " ".join(map(str, runs)), _COMBINATIONS, "Without --clip no pictures are made.")
+    return [painter_spec(group, clip=clip, checkpoint=checkpoint, averaged=averaged, device=device) for group in groups]
+
+
 def _whole_name(clip: str) -> str:
     """A folder's absolute path, so that processes elsewhere find it; a coca run's export; any other name as it is."""
     folder = Path(clip)
@@ -73,6 +91,22 @@ def _whole_name(clip: str) -> str:
             raise ConfigError("--clip", clip, "an exported model", f"Export the run first: diptych export {clip}")
         folder = folder / "export"
     return str(folder.absolute()) if clip and folder.is_dir() else clip
+
+
+def painter_config(spec: PainterSpec) -> RunConfig:
+    """The configuration of the run that paints: of the decoder, or of Stable Diffusion."""
+    return _config(spec.run_of("dalle2_decoder") or Path(spec.runs[0]))
+
+
+def checkpoint_names(spec: PainterSpec) -> str:
+    """The checkpoints that `spec` opens, joined; empty for a base."""
+    from diptych.trainers.checkpoint import newest_whole
+    from diptych.trainers.runfolder import RunFolder
+
+    if spec.base:
+        return ""
+    names = [newest_whole(RunFolder(run)) or "" if spec.checkpoint == "newest" else spec.checkpoint for run in spec.runs]
+    return " + ".join(names)
 
 
 def _config(folder: Path) -> RunConfig:

@@ -66,6 +66,11 @@ def render_tables(title: str, about: dict[str, Any], tables: Sequence[dict[str, 
     return _environment().get_template("tables.html").render(title=title, about=about, tables=tables)
 
 
+def render_model_log(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """A page of models: a table of `columns`, and the `grids` (`title`, `data`) and `prompts` of each row."""
+    return _environment().get_template("model_log.html").render(title="Model log", columns=columns, rows=rows)
+
+
 def _environment() -> Any:
     import jinja2
 
