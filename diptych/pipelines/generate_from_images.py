@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diptych.batches import ImageNeed
     from diptych.pipelines.trained import Trained
     from diptych.trainers.decoding import Decoding
+    from diptych.trainers.nearest_prompts import PromptIndex
 
 _BATCH = 32
 
@@ -35,20 +36,28 @@ def pictures(source: str) -> list[tuple[str, Path]]:
     return [(file.relative_to(path).with_suffix("").as_posix(), file) for file in found]
 
 
+def decode_alone(data: bytes, need: ImageNeed) -> np.ndarray:
+    """uint8 [S, S, 3] of a picture's file as the task sees it, without augmentation. Raises `BadImageError`."""
+    import numpy as np
+
+    from diptych.datasets.images import DRAWS, choose_decoder, decode_image
+
+    plain = replace(need, flip=0.0, resize="center_crop" if need.resize == "random_crop" else need.resize)
+    return decode_image(data, plain, np.full(DRAWS, 0.5), choose_decoder("auto"))
+
+
 def batches(found: list[tuple[str, Path]], need: ImageNeed, faults: list[dict[str, Any]]) -> Iterator[tuple[list[int], np.ndarray]]:
     """(places in `found`, uint8 [B, H, W, 3]) without augmentation; what cannot be decoded goes to `faults`."""
     import numpy as np
 
-    from diptych.datasets.images import DRAWS, BadImageError, choose_decoder, decode_image
+    from diptych.datasets.images import BadImageError
 
-    plain = replace(need, flip=0.0, resize="center_crop" if need.resize == "random_crop" else need.resize)
-    decoder = choose_decoder("auto")
     for start in range(0, len(found), _BATCH):
         places, arrays = [], []
         for place in range(start, min(start + _BATCH, len(found))):
             name, path = found[place]
             try:
-                arrays.append(decode_image(path.read_bytes(), plain, np.full(DRAWS, 0.5), decoder))
+                arrays.append(decode_alone(path.read_bytes(), need))
                 places.append(place)
             except (BadImageError, OSError) as error:
                 faults.append({"shard": str(path), "key": name, "kind": "undecodable_image", "detail": str(error)})
@@ -149,7 +158,15 @@ def _embeddings(
 
 
 def _nearest(trained: Trained, names: list[str], predictions: np.ndarray, neighbours: int) -> list[dict[str, Any]]:
-    """The nearest prompts of the run's own data, whose embeddings are joined by key again."""
+    return [
+        {"image": name, "rank": rank, "cosine": cosine, "text": text}
+        for name, found in zip(names, known_prompts(trained).nearest(predictions, neighbours), strict=True)
+        for rank, (text, cosine) in enumerate(found, 1)
+    ]
+
+
+def known_prompts(trained: Trained) -> PromptIndex:
+    """The prompts of the run's own data, whose embeddings are joined by key again."""
     import numpy as np
 
     from diptych.datasets.embeddings import join
@@ -162,12 +179,7 @@ def _nearest(trained: Trained, names: list[str], predictions: np.ndarray, neighb
     absent = {row for row, _, _ in missing}
     captions = manifest.rows(np.arange(manifest.samples), ["caption"])["caption"].to_pylist()
     known = [row for row, caption in enumerate(captions) if caption and row not in absent]
-    index = PromptIndex([captions[row] for row in known], vectors[known])
-    return [
-        {"image": name, "rank": rank, "cosine": cosine, "text": text}
-        for name, found in zip(names, index.nearest(predictions, neighbours), strict=True)
-        for rank, (text, cosine) in enumerate(found, 1)
-    ]
+    return PromptIndex([captions[row] for row in known], vectors[known])
 
 
 def _write(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

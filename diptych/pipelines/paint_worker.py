@@ -112,10 +112,11 @@ def read_source(image: bytes, mask: bytes, size: int, *, invert: bool = False) -
 
 def _decode(data: bytes, key: str, size: int) -> np.ndarray:
     from diptych.batches import ImageNeed
-    from diptych.datasets.images import DRAWS, BadImageError, choose_decoder, decode_image
+    from diptych.datasets.images import BadImageError
+    from diptych.pipelines.generate_from_images import decode_alone
 
     try:
-        return decode_image(data, ImageNeed(size, "center_crop"), np.full(DRAWS, 0.5), choose_decoder("auto"))
+        return decode_alone(data, ImageNeed(size))
     except BadImageError as error:
         raise ConfigError(key, "a file that cannot be decoded", "a picture (JPEG, PNG, WebP)", str(error)) from error
 

@@ -1,0 +1,208 @@
+"""The studio's page: a tab for each thing that the given runs can do. No font, script or request from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diptych.pipelines.studio_actions import MOST_SAMPLES, Actions, PaintForm, said
+from diptych.pipelines.studio_models import Engine, PainterFacts, StudioSpec
+from diptych.trainers.decoding import STRATEGIES
+
+_CSS = ".gradio-container { max-width: 76rem !important; margin: 0 auto; } footer { display: none !important; }"
+_MOST_GUIDANCE = 15.0
+
+
+def theme() -> Any:
+    """Gradio's plain theme with the machine's own fonts: the default one asks a font server."""
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def build(spec: StudioSpec, engine: Engine, folder: Path, concurrency: int = 1) -> Any:
+    """The app as `gr.Blocks`; pictures go to `folder`. `concurrency`: calls that the engine serves at a time, others wait in the queue."""
+    facts = engine.facts()
+    actions = Actions(engine, facts, folder, spec.painter.name if spec.painter else "")
+    with gr.Blocks(title="Diptych studio", analytics_enabled=False) as app:
+        gr.Markdown("# Diptych studio\n" + _lead(spec))
+        with gr.Tabs():
+            if spec.writer:
+                with gr.Tab("Keywords"):
+                    _keywords(actions, facts)
+            if facts is not None:
+                for mode, title, fill in (
+                    ("text", "Dream", _dream),
+                    ("variation", "Variation", _variation),
+                    ("inpaint", "Inpaint", _inpaint),
+                ):
+                    if mode in facts.modes:
+                        with gr.Tab(title):
+                            fill(actions, facts)
+            if spec.captioner or spec.prompter:
+                with gr.Tab("Prompt from picture"):
+                    _prompt_from_picture(actions, spec)
+            if facts is not None:
+                with gr.Tab("Gallery") as tab:
+                    _gallery(actions, tab)
+    return app.queue(default_concurrency_limit=concurrency, api_open=False)
+
+
+def launch(app: Any, host: str, port: int, users: list[tuple[str, str]], folder: Path, *, block: bool = True) -> str:
+    """Serve `app`; returns its address. `port` of 0 takes the first free one from 7860 on."""
+    _, address, _ = app.launch(
+        server_name=host, server_port=port or None, auth=users or None, prevent_thread_lock=not block, quiet=True, show_error=True,
+        allowed_paths=[str(folder)], footer_links=[], theme=theme(), css=_CSS, ssr_mode=False, share=False, inbrowser=False, run_history=False,
+        max_file_size="20mb",
+    )  # fmt: skip
+    return address
+
+
+def _lead(spec: StudioSpec) -> str:
+    named = {
+        "pictures": spec.painter.name if spec.painter else "",
+        "prompts": spec.writer,
+        "captions": spec.captioner,
+        "nearest prompts": spec.prompter,
+    }
+    return " · ".join(f"{what}: `{Path(run).name}`" for what, run in named.items() if run)
+
+
+def _settings(facts: PainterFacts, *, samples: int, strength: bool = False) -> dict[str, Any]:
+    """The fields of `PaintForm`, laid out; by name."""
+    fields: dict[str, Any] = {}
+    with gr.Row():
+        fields["samples"] = gr.Slider(1, MOST_SAMPLES, samples, step=1, label="Pictures of each")
+        fields["seed"] = gr.Number(-1, precision=0, label="Seed (-1: a new one each time)")
+    with gr.Accordion("More settings", open=False):
+        with gr.Row():
+            fields["steps"] = gr.Slider(0, 150, 0, step=1, label="Steps (0: the model's own)")
+            fields["sampler"] = gr.Textbox("", label="Sampler (empty: the model's own)")
+        if strength:
+            fields["strength"] = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength (1: nothing of the picture is left)")
+    with gr.Row():
+        for number, stage in enumerate(facts.stages):
+            fields[f"guidance{number}"] = gr.Slider(0.5, _MOST_GUIDANCE, 3.0, step=0.5, label=f"Guidance: {stage} (1: none)")
+    return fields
+
+
+def _form(values: dict[Any, Any], fields: dict[str, Any]) -> PaintForm:
+    found = {name: values[field] for name, field in fields.items()}
+    guidance = tuple(float(value) for name, value in found.items() if name.startswith("guidance"))
+    seed = -1 if found["seed"] is None else int(found["seed"])
+    return PaintForm(
+        int(found["samples"]), int(found["steps"]), found["sampler"].strip(), seed, guidance, float(found.get("strength", 0.8))
+    )
+
+
+def _results(start: Any, action: Any, inputs: set[Any]) -> None:
+    """A start and a cancel button's work, with the pictures and a line of progress below."""
+    status = gr.Markdown("", elem_classes="status")
+    pictures = gr.Gallery(label="Pictures", columns=4, height="auto", object_fit="contain", buttons=["download", "fullscreen"])
+    cancel = gr.Button("Cancel", variant="stop", elem_classes="cancel")
+    event = start.click(said(action), inputs, [pictures, status], concurrency_id="models", show_progress="minimal")
+    cancel.click(lambda: "Cancelled. What was made is kept, here and in the gallery.", None, status, cancels=[event], queue=False)
+
+
+def _dream(actions: Actions, facts: PainterFacts) -> None:
+    prompts = gr.Textbox(
+        label="Prompts, one a line (at most 8)", lines=3, placeholder="a red circle above a blue star on a grey background"
+    )
+    fields = _settings(facts, samples=2)
+    start = gr.Button("Dream", variant="primary")
+
+    def dream(values: dict[Any, Any]) -> Iterator[Any]:
+        yield from actions.dream(values[prompts], _form(values, fields))
+
+    _results(start, dream, {prompts, *fields.values()})
+
+
+def _variation(actions: Actions, facts: PainterFacts) -> None:
+    with gr.Row():
+        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280)
+        with gr.Column():
+            prompt = gr.Textbox(label="What it shows (may be empty)", lines=2)
+            fields = _settings(facts, samples=2, strength=True)
+            start = gr.Button("Vary", variant="primary")
+
+    def vary(values: dict[Any, Any]) -> Iterator[Any]:
+        yield from actions.vary(_bytes(values[picture]), values[prompt], _form(values, fields))
+
+    _results(start, vary, {picture, prompt, *fields.values()})
+
+
+def _inpaint(actions: Actions, facts: PainterFacts) -> None:
+    gr.Markdown("Draw over what is to be painted anew. Every other pixel stays as it is.")
+    with gr.Row():
+        drawn = gr.ImageEditor(
+            type="numpy", image_mode="RGBA", label="Picture and mask", sources=["upload", "clipboard"], transforms=(), layers=False, height=420,
+            brush=gr.Brush(default_size=24, colors=["#d03030"], color_mode="fixed"), eraser=gr.Eraser(default_size=24),
+        )  # fmt: skip
+        with gr.Column():
+            prompt = gr.Textbox(label="What it shows", lines=2)
+            fields = _settings(facts, samples=2)
+            start = gr.Button("Paint", variant="primary")
+
+    def inpaint(values: dict[Any, Any]) -> Iterator[Any]:
+        yield from actions.inpaint(values[drawn], values[prompt], _form(values, fields))
+
+    _results(start, inpaint, {drawn, prompt, *fields.values()})
+
+
+def _keywords(actions: Actions, facts: PainterFacts | None) -> None:
+    prompt = gr.Textbox(label="Beginning", lines=2, placeholder="a castle on a hill,")
+    with gr.Row():
+        keywords = gr.Slider(1, 20, 8, step=1, label="Keywords in all")
+        strategy = gr.Dropdown(list(STRATEGIES), value="top-k 50", label="Strategy")
+        seed = gr.Number(-1, precision=0, label="Seed (-1: a new one each time)")
+    start = gr.Button("Complete", variant="primary")
+    text, status = gr.Textbox(label="Completed prompt", lines=3, interactive=True, buttons=["copy"]), gr.Markdown("")
+    start.click(said(actions.write), [prompt, keywords, strategy, seed], [text, status], concurrency_id="models")
+    if facts is not None and "text" in facts.modes:
+        gr.Markdown("### A picture of it")
+        fields = _settings(facts, samples=1)
+        paint = gr.Button("Paint it", variant="primary")
+
+        def painted(values: dict[Any, Any]) -> Iterator[Any]:
+            yield from actions.dream(" ".join(values[text].split()), _form(values, fields))
+
+        _results(paint, painted, {text, *fields.values()})
+
+
+def _prompt_from_picture(actions: Actions, spec: StudioSpec) -> None:
+    with gr.Row():
+        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=320)
+        with gr.Column():
+            caption = gr.Textbox(label=f"Caption by {Path(spec.captioner).name}", lines=3, visible=bool(spec.captioner), buttons=["copy"])
+            count = gr.Slider(1, 20, 5, step=1, label="Nearest prompts", visible=bool(spec.prompter))
+            rows = gr.Dataframe(
+                headers=["prompt", "cosine"], label=f"Nearest prompts by {Path(spec.prompter).name}", visible=bool(spec.prompter)
+            )
+            start = gr.Button("Read", variant="primary")
+
+    def read(path: str | None, most: int) -> Iterator[Any]:
+        yield from actions.read(_bytes(path), most, bool(spec.captioner), bool(spec.prompter))
+
+    start.click(said(read), [picture, count], [caption, rows], concurrency_id="models")
+
+
+def _gallery(actions: Actions, tab: Any) -> None:
+    pictures = gr.Gallery(label="Newest first", columns=5, height="auto", object_fit="contain", buttons=["download", "fullscreen"])
+    with gr.Row():
+        about = gr.JSON(label="Settings of the chosen picture")
+        with gr.Column():
+            single = gr.DownloadButton("Download this picture", visible=False)
+            every = gr.DownloadButton("Download all as a zip")
+    tab.select(actions.shown, None, pictures, queue=False)
+
+    def choose(event: gr.SelectData) -> tuple[dict[str, Any], Any]:
+        path = event.value["image"]["path"]
+        return actions.about(path), gr.DownloadButton("Download this picture", value=path, visible=True)
+
+    pictures.select(choose, None, [about, single], queue=False)
+    every.click(actions.archive, None, every, queue=False)
+
+
+def _bytes(path: str | None) -> bytes:
+    return Path(path).read_bytes() if path else b""
