@@ -81,8 +81,8 @@ def studio_spec(
         kinds[task] = str(folder)
     painting = [kinds[task] for task in PICTURE_TASKS if task in kinds]
     painter = painter_spec(painting, clip=clip, checkpoint=checkpoint, averaged=averaged, device=device) if painting else None
-    others = (kinds.get(task, "") for task in ("gpt2", "coca", "clip_vit"))
-    return StudioSpec(painter, *others, clip if painter else "", checkpoint, averaged, device)
+    writer, captioner, prompter = kinds.get("gpt2", ""), kinds.get("coca", ""), kinds.get("clip_vit", "")
+    return StudioSpec(painter, writer, captioner, prompter, clip if painter else "", checkpoint, averaged, device)
 
 
 class StudioModels:
