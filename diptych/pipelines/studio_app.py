@@ -69,16 +69,16 @@ def _lead(spec: StudioSpec) -> str:
     return " · ".join(f"{what}: `{Path(run).name}`" for what, run in named.items() if run)
 
 
-def _settings(facts: PainterFacts, *, samples: int, strength: bool = False) -> dict[str, Any]:
+def _settings(name: str, facts: PainterFacts, *, samples: int, strength: bool = False) -> dict[str, Any]:
     """The fields of `PaintForm`, laid out; by name."""
     fields: dict[str, Any] = {}
     with gr.Row():
         fields["samples"] = gr.Slider(1, MOST_SAMPLES, samples, step=1, label="Pictures of each")
-        fields["seed"] = gr.Number(-1, precision=0, label="Seed (-1: a new one each time)")
+        fields["seed"] = gr.Number(-1, precision=0, label="Seed (-1: a new one each time)", elem_id=f"{name}-seed")
     with gr.Accordion("More settings", open=False):
         with gr.Row():
             fields["steps"] = gr.Slider(0, 150, 0, step=1, label="Steps (0: the model's own)")
-            fields["sampler"] = gr.Textbox("", label="Sampler (empty: the model's own)")
+            fields["sampler"] = gr.Textbox("", label="Sampler (empty: the model's own)", elem_id=f"{name}-sampler")
         if strength:
             fields["strength"] = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength (1: nothing of the picture is left)")
     with gr.Row():
@@ -96,90 +96,109 @@ def _form(values: dict[Any, Any], fields: dict[str, Any]) -> PaintForm:
     )
 
 
-def _results(start: Any, action: Any, inputs: set[Any]) -> None:
+def _buttons(name: str, label: str) -> tuple[Any, Any]:
+    """Start and cancel, side by side."""
+    with gr.Row():
+        start = gr.Button(label, variant="primary", elem_id=f"{name}-start", scale=3)
+        cancel = gr.Button("Cancel", variant="stop", elem_id=f"{name}-cancel", scale=1)
+    return start, cancel
+
+
+def _results(name: str, buttons: tuple[Any, Any], action: Any, inputs: set[Any]) -> None:
     """A start and a cancel button's work, with the pictures and a line of progress below."""
-    status = gr.Markdown("", elem_classes="status")
-    pictures = gr.Gallery(label="Pictures", columns=4, height="auto", object_fit="contain", buttons=["download", "fullscreen"])
-    cancel = gr.Button("Cancel", variant="stop", elem_classes="cancel")
+    status = gr.Markdown("", elem_id=f"{name}-status")
+    pictures = gr.Gallery(
+        label="Pictures", elem_id=f"{name}-pictures", columns=4, height="auto", object_fit="contain", buttons=["download", "fullscreen"]
+    )
+    start, cancel = buttons
     event = start.click(said(action), inputs, [pictures, status], concurrency_id="models", show_progress="minimal")
     cancel.click(lambda: "Cancelled. What was made is kept, here and in the gallery.", None, status, cancels=[event], queue=False)
 
 
 def _dream(actions: Actions, facts: PainterFacts) -> None:
     prompts = gr.Textbox(
-        label="Prompts, one a line (at most 8)", lines=3, placeholder="a red circle above a blue star on a grey background"
+        label="Prompts, one a line (at most 8)", lines=3, info="Example: a red circle above a blue star on a grey background"
     )
-    fields = _settings(facts, samples=2)
-    start = gr.Button("Dream", variant="primary")
+    fields = _settings("dream", facts, samples=2)
+    buttons = _buttons("dream", "Dream")
 
     def dream(values: dict[Any, Any]) -> Iterator[Any]:
         yield from actions.dream(values[prompts], _form(values, fields))
 
-    _results(start, dream, {prompts, *fields.values()})
+    _results("dream", buttons, dream, {prompts, *fields.values()})
 
 
 def _variation(actions: Actions, facts: PainterFacts) -> None:
     with gr.Row():
-        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280)
+        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280, elem_id="vary-picture")
         with gr.Column():
             prompt = gr.Textbox(label="What it shows (may be empty)", lines=2)
-            fields = _settings(facts, samples=2, strength=True)
-            start = gr.Button("Vary", variant="primary")
+            fields = _settings("vary", facts, samples=2, strength=True)
+            buttons = _buttons("vary", "Vary")
 
     def vary(values: dict[Any, Any]) -> Iterator[Any]:
         yield from actions.vary(_bytes(values[picture]), values[prompt], _form(values, fields))
 
-    _results(start, vary, {picture, prompt, *fields.values()})
+    _results("vary", buttons, vary, {picture, prompt, *fields.values()})
 
 
 def _inpaint(actions: Actions, facts: PainterFacts) -> None:
     gr.Markdown("Draw over what is to be painted anew. Every other pixel stays as it is.")
     with gr.Row():
         drawn = gr.ImageEditor(
-            type="numpy", image_mode="RGBA", label="Picture and mask", sources=["upload", "clipboard"], transforms=(), layers=False, height=420,
+            type="numpy", image_mode="RGBA", elem_id="inpaint-drawn", label="Picture and mask", sources=["upload", "clipboard"], transforms=(), layers=False, height=420,
             brush=gr.Brush(default_size=24, colors=["#d03030"], color_mode="fixed"), eraser=gr.Eraser(default_size=24),
         )  # fmt: skip
         with gr.Column():
             prompt = gr.Textbox(label="What it shows", lines=2)
-            fields = _settings(facts, samples=2)
-            start = gr.Button("Paint", variant="primary")
+            fields = _settings("inpaint", facts, samples=2)
+            buttons = _buttons("inpaint", "Paint")
 
     def inpaint(values: dict[Any, Any]) -> Iterator[Any]:
         yield from actions.inpaint(values[drawn], values[prompt], _form(values, fields))
 
-    _results(start, inpaint, {drawn, prompt, *fields.values()})
+    _results("inpaint", buttons, inpaint, {drawn, prompt, *fields.values()})
 
 
 def _keywords(actions: Actions, facts: PainterFacts | None) -> None:
-    prompt = gr.Textbox(label="Beginning", lines=2, placeholder="a castle on a hill,")
+    prompt = gr.Textbox(label="Beginning", elem_id="complete-prompt", lines=2, info="Example: a castle on a hill,")
     with gr.Row():
         keywords = gr.Slider(1, 20, 8, step=1, label="Keywords in all")
         strategy = gr.Dropdown(list(STRATEGIES), value="top-k 50", label="Strategy")
         seed = gr.Number(-1, precision=0, label="Seed (-1: a new one each time)")
-    start = gr.Button("Complete", variant="primary")
-    text, status = gr.Textbox(label="Completed prompt", lines=3, interactive=True, buttons=["copy"]), gr.Markdown("")
+    start = gr.Button("Complete", variant="primary", elem_id="complete-start")
+    text, status = (
+        gr.Textbox(label="Completed prompt", elem_id="complete-text", lines=3, interactive=True, buttons=["copy"]),
+        gr.Markdown("", elem_id="complete-status"),
+    )
     start.click(said(actions.write), [prompt, keywords, strategy, seed], [text, status], concurrency_id="models")
     if facts is not None and "text" in facts.modes:
         gr.Markdown("### A picture of it")
-        fields = _settings(facts, samples=1)
-        paint = gr.Button("Paint it", variant="primary")
+        fields = _settings("keywords", facts, samples=1)
+        buttons = _buttons("keywords", "Paint it")
 
         def painted(values: dict[Any, Any]) -> Iterator[Any]:
             yield from actions.dream(" ".join(values[text].split()), _form(values, fields))
 
-        _results(paint, painted, {text, *fields.values()})
+        _results("keywords", buttons, painted, {text, *fields.values()})
 
 
 def _prompt_from_picture(actions: Actions, spec: StudioSpec) -> None:
     with gr.Row():
-        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=320)
+        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=320, elem_id="read-picture")
         with gr.Column():
-            caption = gr.Textbox(label=f"Caption by {Path(spec.captioner).name}", lines=3, visible=bool(spec.captioner), buttons=["copy"])
+            caption = gr.Textbox(
+                label=f"Caption by {Path(spec.captioner).name}",
+                lines=3,
+                visible=bool(spec.captioner),
+                buttons=["copy"],
+                elem_id="read-caption",
+            )
             count = gr.Slider(1, 20, 5, step=1, label="Nearest prompts", visible=bool(spec.prompter))
             rows = gr.Dataframe(
                 headers=["prompt", "cosine"], label=f"Nearest prompts by {Path(spec.prompter).name}", visible=bool(spec.prompter)
             )
-            start = gr.Button("Read", variant="primary")
+            start = gr.Button("Read", variant="primary", elem_id="read-start")
 
     def read(path: str | None, most: int) -> Iterator[Any]:
         yield from actions.read(_bytes(path), most, bool(spec.captioner), bool(spec.prompter))
@@ -188,12 +207,14 @@ def _prompt_from_picture(actions: Actions, spec: StudioSpec) -> None:
 
 
 def _gallery(actions: Actions, tab: Any) -> None:
-    pictures = gr.Gallery(label="Newest first", columns=5, height="auto", object_fit="contain", buttons=["download", "fullscreen"])
+    pictures = gr.Gallery(
+        label="Newest first", elem_id="gallery-pictures", columns=5, height="auto", object_fit="contain", buttons=["download", "fullscreen"]
+    )
     with gr.Row():
-        about = gr.JSON(label="Settings of the chosen picture")
+        about = gr.JSON(label="Settings of the chosen picture", elem_id="gallery-about")
         with gr.Column():
-            single = gr.DownloadButton("Download this picture", visible=False)
-            every = gr.DownloadButton("Download all as a zip")
+            single = gr.DownloadButton("Download this picture", visible=False, elem_id="gallery-one")
+            every = gr.DownloadButton("Download all as a zip", elem_id="gallery-all")
     tab.select(actions.shown, None, pictures, queue=False)
 
     def choose(event: gr.SelectData) -> tuple[dict[str, Any], Any]:
