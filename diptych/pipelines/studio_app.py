@@ -117,7 +117,10 @@ def _results(name: str, buttons: tuple[Any, Any], action: Any, inputs: set[Any])
 
 def _dream(actions: Actions, facts: PainterFacts) -> None:
     prompts = gr.Textbox(
-        label="Prompts, one a line (at most 8)", lines=3, info="Example: a red circle above a blue star on a grey background"
+        elem_id="dream-prompts",
+        label="Prompts, one a line (at most 8)",
+        lines=3,
+        info="Example: a red circle above a blue star on a grey background",
     )
     fields = _settings("dream", facts, samples=2)
     buttons = _buttons("dream", "Dream")
