@@ -179,31 +179,19 @@ class PaintWorker:
 
     def paint(self, jobs: Sequence[PictureJob], advance: Callable[[int], None] | None = None) -> Iterator[Painted]:
         """The pictures of `jobs`, in order, a batch at a time."""
+        from diptych.trainers.picture_metrics import prompt_scores
         from diptych.trainers.pictures import PictureRequest
 
         for start in range(0, len(jobs), self.spec.batch_size):
             part = jobs[start : start + self.spec.batch_size]
             requests = [PictureRequest(job.prompt, job.seed, self.image, self.mask, self.spec.negative_prompt) for job in part]
             made = self._attempt(requests)
-            scores = self._scores([image for image, _ in made], part)
+            scores = prompt_scores(self.embedder, [image for image, _ in made], [job.prompt for job in part])
             for job, (image, fault), score in zip(part, made, scores, strict=True):
                 about = asdict(job) | self.spec.about | ({} if score is None else {"clip_score": round(score, 3)})
                 yield Painted(about, image, fault)
             if advance is not None:
                 advance(len(part))
-
-    def _scores(self, images: Sequence[np.ndarray | None], jobs: Sequence[PictureJob]) -> list[float | None]:
-        """CLIP score of each picture with its prompt; None without a picture, a prompt or a CLIP."""
-        from diptych.trainers.picture_metrics import clip_scores, embed_captions, embed_pictures
-
-        scores: list[float | None] = [None] * len(jobs)
-        found = {index: image for index, image in enumerate(images) if image is not None and jobs[index].prompt}
-        if self.embedder is not None and found:
-            pictures = embed_pictures(self.embedder, list(found.values()))
-            values = clip_scores(pictures, embed_captions(self.embedder, [jobs[index].prompt for index in found]))
-            for index, value in zip(found, values.tolist(), strict=True):
-                scores[index] = value
-        return scores
 
     def _attempt(self, requests: list[PictureRequest]) -> list[tuple[np.ndarray | None, str]]:
         """Each request's picture, or the reason why there is none."""

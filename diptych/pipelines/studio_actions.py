@@ -34,7 +34,7 @@ def said(action: Callable[..., Any]) -> Callable[..., Any]:
 
     def tell(error: Exception) -> gr.Error:
         text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        return gr.Error(text, duration=None, title="This did not work", print_exception=False)
+        return gr.Error(text, duration=30, title="This did not work", print_exception=False)
 
     @functools.wraps(action)
     def streamed(*arguments: Any) -> Iterator[Any]:

@@ -110,19 +110,12 @@ class StudioModels:
 
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> tuple[np.ndarray, list[float | None]]:
         """See `Engine`."""
-        from diptych.trainers.picture_metrics import clip_scores, embed_captions, embed_pictures
+        from diptych.trainers.picture_metrics import prompt_scores
 
         assert self.painter is not None
-        scores: list[float | None] = [None] * len(requests)
         with self.turn:
             images = self.painter.paint(requests, settings)
-            told = [index for index, request in enumerate(requests) if request.prompt]
-            if self.embedder is not None and told:
-                captions = embed_captions(self.embedder, [requests[index].prompt for index in told])
-                found = clip_scores(embed_pictures(self.embedder, images[told]), captions)
-                for index, score in zip(told, found.tolist(), strict=True):
-                    scores[index] = score
-        return images, scores
+            return images, prompt_scores(self.embedder, list(images), [request.prompt for request in requests])
 
     def complete(self, prompt: str, keywords: int, strategy: str, seed: int) -> str:
         """See `Engine`."""

@@ -53,6 +53,18 @@ def clip_scores(pictures: np.ndarray, captions: np.ndarray) -> np.ndarray:
     return np.maximum(100 * np.einsum("nd,nd->n", pictures.astype(np.float64), captions.astype(np.float64)), 0)
 
 
+def prompt_scores(embedder: Embedder | None, images: Sequence[np.ndarray | None], prompts: Sequence[str]) -> list[float | None]:
+    """CLIP score of each picture, uint8 [H, W, 3], with its prompt; None without a picture, a prompt or a CLIP."""
+    scores: list[float | None] = [None] * len(prompts)
+    found = {index: image for index, image in enumerate(images) if image is not None and prompts[index]}
+    if embedder is not None and found:
+        captions = embed_captions(embedder, [prompts[index] for index in found])
+        values = clip_scores(embed_pictures(embedder, list(found.values())), captions)
+        for index, value in zip(found, values.tolist(), strict=True):
+            scores[index] = value
+    return scores
+
+
 def caption_match(pictures: np.ndarray, texts: np.ndarray, captions: Sequence[str], among: int = 100) -> float:
     """Share of pictures whose own caption is the nearest of `among`; chance is 1 / `among`.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diptych.config import apply_overrides, load_recipe
+import pytest
+from support_runs import make_shards
+
+from diptych.config import ConfigError, apply_overrides, load_recipe
 from diptych.pipelines import generate, pack
 from diptych.pipelines.local import train_here
 
@@ -23,3 +26,25 @@ def test_actors_write_the_texts_of_one_process(ray_session, tmp_path: Path):
         assert (result["samples_in"], result["samples_out"], result["faults"]) == (180, 360, [])
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1]
+
+
+def test_actors_make_the_shards_of_one_process(ray_session, tmp_path: Path):
+    """Stable Diffusion with prompts that a gpt2 run wrote: pairs as a data set, the same bytes from a pool, refusals said plainly."""
+    shards = make_shards(tmp_path / "shards")
+    for task, *overrides in (("gpt2", "task.tokenizer=train:128"), ("stable_diffusion", "validation.samples=0")):
+        train_here(apply_overrides(load_recipe(task, "smoke"), [f"data.shards={shards}", "train.steps=2", *overrides]), tmp_path / task)
+    settings = ["steps=2", "sample=true", "num_samples=5", "max_new_tokens=6", "seed=3"]
+    found = []
+    for workers in (0, 2):
+        options = {"shards": str(tmp_path / f"pairs{workers}"), "samples_per_shard": 4, "prompts_from": str(tmp_path / "gpt2"), "seed": 11}
+        result = generate.run(
+            str(tmp_path / "stable_diffusion"), ["a red", "a blue"], decoding=settings, workers=workers, device="cpu", pictures=options
+        )
+        assert (result["samples_in"], result["samples_out"], result["faults"]) == (10, 10, [])
+        found.append({tar.name: tar.read_bytes() for tar in (tmp_path / f"pairs{workers}").glob("*.tar")})
+    assert len(found[0]) == 3
+    assert found[0] == found[1]
+    with pytest.raises(ConfigError, match="sampler"):
+        generate.run(
+            str(tmp_path / "stable_diffusion"), ["a red"] * 3, out=str(tmp_path / "out"), decoding=["sampler=best"], workers=1, device="cpu"
+        )

@@ -1,0 +1,239 @@
+"""The studio in a real browser, on small trained runs: each tab as a person would use it, errors, cancel, two users at once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from support_browser import Browser, chromium
+from support_runs import make_shards
+
+from diptych.config import apply_overrides, load_recipe
+from diptych.datasets.manifest import open_manifest
+from diptych.pipelines import studio
+from diptych.pipelines.local import train_here
+from diptych.trainers.picture_files import read_about, read_metadata
+
+pytestmark = pytest.mark.browser
+
+
+def train(folder: Path, shards: Path, task: str, *overrides: str) -> str:
+    config = apply_overrides(load_recipe(task, "smoke"), [f"data.shards={shards}", "train.steps=3", *overrides])
+    train_here(config, folder / task)
+    return str(folder / task)
+
+
+def embeddings(shards: Path, folder: Path) -> Path:
+    """A text embedding for each caption, as clip-retrieval lays them out."""
+    manifest = open_manifest(str(shards))
+    table = manifest.rows(np.arange(manifest.samples), ["key", "caption"])
+    for part in ("text_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
+    vectors = np.random.default_rng(0).normal(size=(manifest.samples, 8)).astype(np.float16)
+    np.save(folder / "text_emb" / "text_emb_0.npy", vectors)
+    about = pd.DataFrame({"image_path": table["key"].to_pylist(), "caption": table["caption"].to_pylist()})
+    about.to_parquet(folder / "metadata" / "metadata_0.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("studio")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """The studio on a run of each task that it knows."""
+    shards = make_shards(folder / "shards")
+    runs = [
+        train(folder, shards, "gpt2", "task.tokenizer=train:128"),
+        train(folder, shards, "coca"),
+        train(folder, shards, "clip_vit", f"data.embeddings={embeddings(shards, folder / 'emb')}"),
+        train(folder, shards, "stable_diffusion", "validation.samples=0"),
+    ]
+    opened = studio.run(runs, out=str(folder / "pictures"), device="cpu", block=False)
+    yield opened["address"]
+    opened["app"].close()
+
+
+@pytest.fixture(scope="module")
+def browser(address: str) -> Iterator[Browser]:
+    with chromium() as opened:
+        opened.open(address)
+        yield opened
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[..., 1] = np.arange(64, dtype=np.uint8) * 3
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def finish(browser: Browser, name: str) -> str:
+    """Press start and wait until all pictures are there; the closing line."""
+    before = browser.text(f"{name}-status")
+    browser.find(f"{name}-start").click()
+    browser.wait(lambda: " in " in browser.text(f"{name}-status") and browser.text(f"{name}-status") != before)
+    return browser.text(f"{name}-status")
+
+
+def pictures_in(browser: Browser, identifier: str) -> int:
+    return len(browser.driver.find_elements(By.CSS_SELECTOR, f"#{identifier} .thumbnail-lg img, #{identifier} .grid-container img"))
+
+
+def message(browser: Browser) -> str:
+    """The error message on the page, closed after it was read."""
+    toast = browser.wait(lambda: next(iter(browser.driver.find_elements(By.CSS_SELECTOR, ".toast-body.error")), None))
+    text = toast.text
+    browser.driver.execute_script("arguments[0].querySelector('.toast-close').click()", toast)
+    browser.wait(lambda: not browser.driver.find_elements(By.CSS_SELECTOR, ".toast-body.error"))
+    return text
+
+
+def test_tabs_are_what_the_runs_can_do(browser: Browser) -> None:
+    tabs = browser.wait(lambda: [e.text for e in browser.driver.find_elements(By.CSS_SELECTOR, "button[role=tab]") if e.text])
+    assert tabs == ["Keywords", "Dream", "Variation", "Inpaint", "Prompt from picture", "Gallery"]
+    requests = browser.driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
+    assert len(requests) > 5
+    assert not [url for url in requests if not url.startswith(("http://127.0.0.1", "data:", "blob:"))], "nothing from elsewhere"
+
+
+def test_keywords_become_a_prompt_and_its_picture(browser: Browser) -> None:
+    browser.tab("Keywords")
+    browser.type("complete-prompt", "a red circle")
+    browser.find("complete-start").click()
+    browser.wait(lambda: "seed" in browser.text("complete-status"))
+    assert browser.value("complete-text").startswith("a red circle")
+    assert "in " in finish(browser, "keywords")
+    browser.wait(lambda: pictures_in(browser, "keywords-pictures") == 1)
+    browser.screenshot("studio-keywords")
+    assert browser.errors() == []
+
+
+def test_a_dream_can_be_made_again_from_its_seed(browser: Browser, folder: Path) -> None:
+    browser.tab("Dream")
+    browser.type("dream-prompts", "a red circle above a blue star\na green ring")
+    browser.type("dream-seed", "77", "input")
+    for _ in range(2):
+        assert "seeds from 77" in finish(browser, "dream")
+    browser.wait(lambda: pictures_in(browser, "dream-pictures") == 4)
+    browser.screenshot("studio-dream")
+    lines = [line for line in read_metadata(folder / "pictures") if line["seed"] in range(77, 81)]
+    assert [line["seed"] for line in lines] == [77, 78, 79, 80] * 2
+    files = [(folder / "pictures" / line["file_name"]) for line in lines]
+    for one, other in zip(files[:4], files[4:], strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+    assert browser.errors() == []
+
+
+def test_mistakes_are_told_on_the_page(browser: Browser, tmp_path: Path) -> None:
+    browser.tab("Dream")
+    browser.type("dream-prompts", " ")
+    browser.find("dream-start").click()
+    assert "1 to 8 lines" in message(browser)
+    browser.type("dream-prompts", "\n".join(f"prompt {number}" for number in range(9)))
+    browser.find("dream-start").click()
+    assert "received 9" in message(browser)
+    browser.tab("Variation")
+    browser.find("vary-start").click()
+    assert "a picture" in message(browser)
+    (tmp_path / "notes.png").write_text("this is no picture")
+    browser.inside("vary-picture", "input[type=file]").send_keys(str(tmp_path / "notes.png"))
+    browser.find("vary-start").click()
+    assert "picture" in message(browser).lower()
+    browser.tab("Inpaint")
+    browser.find("inpaint-start").click()
+    assert "draw over what is to be painted anew" in message(browser).lower()
+    browser.screenshot("studio-mistake")
+    browser.errors()  # a refused upload is told by the browser too
+
+
+def test_a_variation_and_an_inpainting_of_an_uploaded_picture(browser: Browser, picture: Path, folder: Path) -> None:
+    browser.driver.refresh()
+    browser.tab("Variation")
+    browser.inside("vary-picture", "input[type=file]").send_keys(str(picture))
+    browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#vary-picture img"))
+    assert "2 of 2" in finish(browser, "vary")
+    browser.screenshot("studio-variation")
+    browser.tab("Inpaint")
+    browser.inside("inpaint-drawn", "input[type=file]").send_keys(str(picture))
+    canvas = browser.wait(lambda: next(iter(browser.driver.find_elements(By.CSS_SELECTOR, "#inpaint-drawn canvas")), None))
+    time.sleep(3)  # the editor fits the picture in
+    ActionChains(browser.driver).move_to_element(canvas).click_and_hold().move_by_offset(12, 4).move_by_offset(-20, 6).release().perform()
+    time.sleep(1)
+    assert "2 of 2" in finish(browser, "inpaint")
+    browser.screenshot("studio-inpaint")
+    lines = read_metadata(folder / "pictures")
+    assert [line["mode"] for line in lines[-4:]] == ["variation", "variation", "inpaint", "inpaint"]
+    one, other = (np.asarray(Image.open(folder / "pictures" / line["file_name"])).astype(int) for line in lines[-2:])
+    kept = (one == other).all(axis=2).mean()
+    assert 0.05 < kept < 0.98, "two seeds differ where the mask was drawn, and agree elsewhere"
+    assert browser.errors() == []
+
+
+def test_a_picture_is_read(browser: Browser, picture: Path) -> None:
+    browser.tab("Prompt from picture")
+    browser.inside("read-picture", "input[type=file]").send_keys(str(picture))
+    browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#read-picture img"))
+    browser.find("read-start").click()
+    browser.wait(lambda: "background" in browser.text("read-prompts"))
+    browser.screenshot("studio-read")
+    assert browser.errors() == []
+
+
+def test_the_gallery_shows_settings_and_gives_the_file(browser: Browser) -> None:
+    browser.tab("Gallery")
+    browser.wait(lambda: pictures_in(browser, "gallery-pictures") >= 4)
+    browser.wait(lambda: next(iter(browser.driver.find_elements(By.CSS_SELECTOR, "#gallery-pictures button.thumbnail-lg")), None)).click()
+    browser.wait(lambda: "seed" in browser.text("gallery-about"))
+    link = browser.wait(lambda: browser.driver.find_elements(By.ID, "gallery-one"))
+    assert link
+    browser.screenshot("studio-gallery")
+    assert browser.errors() == []
+
+
+def test_a_cancelled_dream_keeps_what_was_made(browser: Browser, folder: Path) -> None:
+    browser.tab("Dream")
+    browser.type("dream-prompts", "\n".join(f"a red circle {number}" for number in range(8)))
+    browser.type("dream-seed", "500", "input")
+    browser.find("dream-start").click()
+    browser.wait(lambda: "seed 500" in browser.text("dream-status") or "seeds from 500" in browser.text("dream-status"))
+    browser.find("dream-cancel").click()
+    browser.wait(lambda: "Cancelled" in browser.text("dream-status"))
+    time.sleep(2)
+    made = sum(500 <= line["seed"] < 516 for line in read_metadata(folder / "pictures"))
+    assert made < 16
+    assert browser.errors() == []
+
+
+def test_two_users_at_once_get_their_own_pictures(browser: Browser, address: str, folder: Path) -> None:
+    with chromium() as second:
+        second.open(address)
+        users = ((browser, "a red circle", 900), (second, "a blue star", 950))
+        for user, prompt, seed in users:
+            user.tab("Dream")
+            user.type("dream-prompts", prompt)
+            user.type("dream-seed", str(seed), "input")
+        for user, _, _ in users:
+            user.find("dream-start").click()
+        for user, prompt, seed in users:
+            user.wait(
+                functools.partial(
+                    lambda user, seed: "in " in user.text("dream-status") and f"from {seed}" in user.text("dream-status"), user, seed
+                )
+            )
+            found = [line for line in read_metadata(folder / "pictures") if line["seed"] in (seed, seed + 1)]
+            assert [line["prompt"] for line in found] == [prompt, prompt]
+            assert read_about(folder / "pictures" / found[0]["file_name"])["seed"] == seed
+        assert second.errors() == []
+    assert browser.errors() == []
