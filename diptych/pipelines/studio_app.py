@@ -111,7 +111,9 @@ def _results(name: str, buttons: tuple[Any, Any], action: Any, inputs: set[Any])
         label="Pictures", elem_id=f"{name}-pictures", columns=4, height="auto", object_fit="contain", buttons=["download", "fullscreen"]
     )
     start, cancel = buttons
-    event = start.click(said(action), inputs, [pictures, status], concurrency_id="models", show_progress="minimal")
+    event = start.click(
+        said(action), inputs, [pictures, status], concurrency_id="models", show_progress="minimal", show_progress_on=[pictures]
+    )
     cancel.click(lambda: "Cancelled. What was made is kept, here and in the gallery.", None, status, cancels=[event], queue=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,12 @@ def finish(browser: Browser, name: str) -> str:
     """Press start and wait until all pictures are there; the closing line."""
     before = browser.text(f"{name}-status")
     browser.find(f"{name}-start").click()
-    browser.wait(lambda: " in " in browser.text(f"{name}-status") and browser.text(f"{name}-status") != before)
-    return browser.text(f"{name}-status")
+
+    def ended() -> str:
+        text = browser.text(f"{name}-status").strip()
+        return text if text != before.strip() and re.fullmatch(r"(\d+) of \1 pictures in [\d.]+ s, seeds from \d+", text) else ""
+
+    return browser.wait(ended)
 
 
 def pictures_in(browser: Browser, identifier: str) -> int:
