@@ -29,6 +29,24 @@ CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 """What follows VERB belongs to the verb, options included."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)|API_?KEY", re.IGNORECASE)
+_NEVER_SENT = (
+    ".git",
+    ".venv",
+    ".uv",
+    "runs",
+    "mlruns",
+    "mlartifacts",
+    "mlflow.db*",
+    "*.tar",
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    ".netrc",
+    ".aws",
+    ".ssh",
+)
+"""Left out of every package, whatever the folder's own ignore files say: what is large, and what may hold secrets."""
 _STOP_SECONDS = 120
 """How long a stopped job may take to write its checkpoint before Ray kills it; Ray's own default is 3 s."""
 _HOW_TO_AUTHENTICATE = (
@@ -93,7 +111,7 @@ def job_environment(file: str, variables: tuple[str, ...], working_dir: str, exc
         given[key] = value if separator else os.environ[key]
     for key, value in given.items():
         _refuse_secret(key, str(value))
-    left_out = [*described.get("excludes", []), *excludes]
+    left_out = [*_NEVER_SENT, *described.get("excludes", []), *excludes]
     return {
         **described,
         "working_dir": working_dir,
