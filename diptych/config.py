@@ -21,6 +21,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from diptych.batches import Needs
+from diptych.redaction import without_secrets
 
 
 class ConfigError(ValueError):
@@ -308,11 +309,11 @@ class RunConfig(Config):
             raise ConfigError("train.offload", True, "false under train.strategy=ddp", "Set train.strategy=zero1, zero2 or zero3.")
         return self
 
-    def to_json(self) -> str:
-        """The configuration as text that `from_json` reads back to an equal one."""
+    def to_json(self, public: bool = False) -> str:
+        """The configuration as text that `from_json` reads back to an equal one; `public`, for storing, without credentials in URLs."""
         data = self.model_dump(mode="json")
         data["task"] = {"name": self.task.name} | data["task"]
-        return json.dumps(data, indent=2)
+        return json.dumps(without_secrets(data) if public else data, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:

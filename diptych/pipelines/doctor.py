@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.pipelines.console import finish
+from diptych.redaction import without_credentials
 
 _SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux; Ray puts its own some 75 bytes below its folder."""
@@ -242,7 +243,7 @@ def _tracking() -> Iterator[Check]:
     except ConfigError as error:
         yield Check("mlflow store", ok=False, detail=str(error), remedy=error.remedy, needed=True)
         return
-    yield Check("mlflow store", ok=True, detail=tracking.without_credentials(uri))
+    yield Check("mlflow store", ok=True, detail=without_credentials(uri))
 
 
 def _compilers() -> Iterator[Check]:

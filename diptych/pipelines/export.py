@@ -34,19 +34,23 @@ def run(
     averaged: bool = True,
     private: bool = True,
     track: bool = True,
+    register: str = "",
 ) -> dict[str, Any]:
     """Export the run `run_dir` (a folder, or a name under `runs`) to `out` (empty = its `export/`).
 
-    Returns `folder, files, checkpoint, averaged, pushed`. `push_to_hub` is `org/name` (empty = nowhere). Raises `ConfigError` for no
+    Returns `folder, files, checkpoint, averaged, pushed, registered`. `push_to_hub` is `org/name` (empty = nowhere). Raises `ConfigError` for no
     such run or an `out` that holds other files, `ValueError` for a hub that refuses. With `track` the folder becomes an artifact of
-    the run in MLflow.
+    the run in MLflow; `register` names a model of MLflow's registry that gets it as its next version.
     """
+    from diptych.pipelines import registry
     from diptych.pipelines.runs_folder import find_run
     from diptych.pipelines.trained import load_trained
 
     folder = find_run(run_dir)
     target = Path(out).absolute() if out else folder / "export"
     _check_target(target, replace=not out)
+    if register:
+        registry.tracked(folder)
     trained = load_trained(folder, checkpoint, averaged)
     uses_averages = averaged and bool(trained.config.optim.ema_decay)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,7 @@ def run(
     try:
         temporary.mkdir()
         trained.task.export(temporary)
-        (temporary / "diptych_run.json").write_text(trained.config.to_json())
+        (temporary / "diptych_run.json").write_text(trained.config.to_json(public=True))
         (temporary / "README.md").write_text(model_card(trained, target.name, uses_averages))
         if target.exists():
             shutil.rmtree(target)
@@ -64,8 +68,10 @@ def run(
     if track:
         _log_artifact(folder, target)
     pushed = _push(target, push_to_hub, private) if push_to_hub else ""
+    version = registry.register(folder, target, register, trained.checkpoint) if register else 0
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-    return {"folder": str(target), "files": files, "checkpoint": trained.checkpoint, "averaged": uses_averages, "pushed": pushed}
+    told = {"folder": str(target), "files": files, "checkpoint": trained.checkpoint, "averaged": uses_averages, "pushed": pushed}
+    return told | {"registered": f"models:/{register}/{version}" if register else ""}
 
 
 def _check_target(target: Path, replace: bool) -> None:
@@ -101,7 +107,7 @@ def model_card(trained: Trained, name: str, averaged: bool) -> str:
         f"- run: `{trained.run_dir.name}`, checkpoint `{trained.checkpoint}`",
     ]
     lines += [f"- {package}: {version}" for package, version in _versions().items()]
-    lines += ["", "<details><summary>Configuration</summary>", "", "```json", _public(config.to_json()), "```", "", "</details>", ""]
+    lines += ["", "<details><summary>Configuration</summary>", "", "```json", config.to_json(public=True), "```", "", "</details>", ""]
     return "\n".join(lines)
 
 
@@ -131,20 +137,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _public(config: str) -> str:
-    """The configuration without credentials in URLs."""
-    from diptych.pipelines.tracking import without_credentials
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        return without_credentials(value) if isinstance(value, str) else value
-
-    return json.dumps(clean(json.loads(config)), indent=2)
 
 
 def _log_artifact(run_dir: Path, folder: Path) -> None:
@@ -189,16 +181,19 @@ def command(
     push_to_hub: Annotated[str, typer.Option(help="also upload to this repository of the Hugging Face hub (org/name)")] = "",
     private: Annotated[bool, typer.Option(help="make that repository private")] = True,
     track: Annotated[bool, typer.Option(help="copy the folder to the run's artifacts in MLflow, if it was tracked")] = True,
+    register: Annotated[str, typer.Option(metavar="NAME", help="also a new version of this model in MLflow's registry")] = "",
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Write RUN's model in the layout that its ecosystem's own library loads, with a model card.
 
     Example: diptych export runs/prompts exported/prompts
     """
-    result = run(run_dir, out, push_to_hub, checkpoint=checkpoint, averaged=averaged, private=private, track=track)
+    result = run(run_dir, out, push_to_hub, checkpoint=checkpoint, averaged=averaged, private=private, track=track, register=register)
     note(f"{len(result['files'])} files of {result['checkpoint']} in {result['folder']}")
     if result["pushed"]:
         note(f"pushed to {result['pushed']}")
+    if result["registered"]:
+        note(f"registered: mlflow.pyfunc.load_model({result['registered']!r}) opens it")
     finish(result, json)
 
 

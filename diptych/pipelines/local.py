@@ -20,7 +20,7 @@ def train_here(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config, run_dir)
-    (run_dir / "config.json").write_text(prepared.config.to_json())
+    (run_dir / "config.json").write_text(prepared.config.to_json(public=True))
     result = run_session(payload_of(prepared, run_dir), prepared.config, torch.device("cpu"), LocalStream)
     write_driver(run_dir, {"driver": "", "status": result["status"], "digest": prepared.facts["digest"], "run_id": "", "uri": ""})
     return json.loads((run_dir / "result.json").read_text())

@@ -113,7 +113,7 @@ def _section(run_dir: Path) -> dict[str, Any]:
         # The captions of the evaluation stand with their pictures already.
         "tables": [one for one in found if len(one["rows"]) <= 40 and one["columns"] != ["true", "made"]],
         "ledger": summary(read_ledger(records(run_dir))),
-        "config": config.to_json(),
+        "config": config.to_json(public=True),
     }
 
 

@@ -13,6 +13,7 @@ import typer
 from diptych.config import ConfigError
 from diptych.pipelines import runs_folder, tracking
 from diptych.pipelines.console import finish, note
+from diptych.redaction import without_credentials
 
 _DEPTH = 3
 """Folders between `output` and a run: a sweep keeps its trials in a folder of its own."""
@@ -31,7 +32,7 @@ def run(output: str = "runs", tracking_uri: str = "") -> dict[str, Any]:
     found = [_describe(run_dir, folder) for run_dir in _run_folders(folder, _DEPTH)]
     found.sort(key=lambda facts: facts.pop("changed"))
     ended, unreachable = _reconcile({facts["tracking_uri"] for facts in found} | {tracking_uri})
-    shown = [facts | {"tracking_uri": tracking.without_credentials(facts["tracking_uri"])} for facts in found]
+    shown = [facts | {"tracking_uri": without_credentials(facts["tracking_uri"])} for facts in found]
     return {"runs": shown, "ended": ended, "unreachable": unreachable}
 
 
@@ -90,8 +91,8 @@ def _reconcile(stores: set[str]) -> tuple[list[str], list[str]]:
         except ConfigError:
             raise
         except Exception as error:  # The run folders are the record; a server that is away must not hide them.
-            note(f"{tracking.without_credentials(uri)} does not answer: {tracking.explain(error, uri)}")
-            unreachable.append(tracking.without_credentials(uri))
+            note(f"{without_credentials(uri)} does not answer: {tracking.explain(error, uri)}")
+            unreachable.append(without_credentials(uri))
     return ended, unreachable
 
 

@@ -46,8 +46,11 @@ def records_url(config: RunConfig, run_dir: Path) -> str:
 
 def records(run_dir: Path) -> str:
     """The same for a run that was made before."""
-    file = run_dir / "config.json"
-    storage = json.loads(file.read_text()).get("checkpoint", {}).get("storage", "") if file.is_file() else ""
+    # Plain JSON, so that a run with a key that is gone since, or with a damaged file, can still be listed.
+    try:
+        storage = json.loads((run_dir / "config.json").read_text())["checkpoint"]["storage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        storage = ""
     return f"{storage.rstrip('/')}/{run_dir.name}" if storage else str(run_dir)
 
 
@@ -128,7 +131,7 @@ def _check_unchanged(stored: RunConfig, config: RunConfig) -> None:
     """A run keeps its model, its data's order and its seed; workers, strategy, length and cadence may change."""
     from diptych.config import dotted_keys
 
-    before, after = dotted_keys(stored), dotted_keys(config)
+    before, after = dotted_keys(stored), dotted_keys(RunConfig.from_json(config.to_json(public=True)))
     for key, value in after.items():
         changed = key in before and before[key] != value
         # The tokenizer and dimensions were resolved from the data when the run began, so the stored value is the later one.

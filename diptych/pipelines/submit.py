@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json as json_module
 import os
-import re
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ import typer
 
 from diptych.config import ConfigError
 from diptych.pipelines.console import finish, note
+from diptych.redaction import is_secret_name, without_credentials
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 """What follows VERB belongs to the verb, options included."""
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)|API_?KEY", re.IGNORECASE)
 _NEVER_SENT = (
     ".git",
     ".venv",
@@ -122,9 +121,7 @@ def job_environment(file: str, variables: tuple[str, ...], working_dir: str, exc
 
 def _refuse_secret(key: str, value: str) -> None:
     """A job's environment is shown by the dashboard and kept by the cluster."""
-    from diptych.pipelines.tracking import without_credentials
-
-    if _SECRET.search(key) or without_credentials(value) != value:
+    if is_secret_name(key) or without_credentials(value) != value:
         remedy = (
             "A job's variables are shown by Ray's dashboard and `ray job list`. Set it on the nodes: cluster.yaml, a Kubernetes secret."
         )

@@ -11,15 +11,16 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from diptych.config import ConfigError, RunConfig, dotted_keys
+from diptych.pipelines.environment import changed, code_digest, commit, environment
+from diptych.redaction import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,14 +53,6 @@ def client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
-
-
-def without_credentials(url: str) -> str:
-    """`url` without user, password and query, fit for logs and stores."""
-    parts = urlsplit(url)
-    if not parts.scheme or not parts.netloc:
-        return url
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def explain(error: Exception, uri: str) -> str:
@@ -109,6 +102,7 @@ class Tracker:
         self.store = client(self.uri)
         self.run_dir = run_dir
         self._logged: set[int] = set()
+        self._waiting: list[Callable[[], None]] = []
         self._committed = (0, 0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -119,16 +113,38 @@ class Tracker:
             experiment = get_experiment(self.store, config.tracking.experiment or f"diptych-{config.task.name}", self.uri)
             tags |= {TAG_TASK: config.task.name, TAG_DIGEST: facts["digest"], "mlflow.source.name": f"diptych train {config.task.name}"}
             tags |= {"mlflow.parentRunId": parent} if parent else {}
-            tags |= {"mlflow.source.git.commit": commit} if (commit := code_version()) else {}
+            tags |= _code_tags()
             self.run_id = self.store.create_run(experiment, tags=tags, run_name=run_dir.name).info.run_id
             self._log_parameters(config)
             self._log_input(config, facts)
-            self.store.log_text(self.run_id, config.to_json(), "config.json")
+            self.store.log_text(self.run_id, config.to_json(public=True), "config.json")
         else:
             self.run_id = run_id
-            self.store.update_run(run_id, status="RUNNING")
-            for key, value in tags.items():
-                self.store.set_tag(run_id, key, value)
+            self._later(lambda: self._reopen(tags))
+
+    def _reopen(self, tags: dict[str, str]) -> None:
+        self.store.update_run(self.run_id, status="RUNNING")
+        for key, value in tags.items():
+            self.store.set_tag(self.run_id, key, value)
+
+    def _later(self, action: Callable[[], None]) -> None:
+        """Do it now, or once the server answers again."""
+        self._waiting.append(action)
+        try:
+            self._catch_up()
+        except Exception as error:
+            logger.warning("MLflow does not answer (%s); the run is logged later", explain(error, self.uri))
+
+    def _catch_up(self) -> None:
+        while self._waiting:
+            self._waiting[0]()
+            self._waiting.pop(0)
+
+    def log_environment(self, cluster: dict[str, Any]) -> None:
+        """Keep packages, code version, machine and the cluster's resources as `environment/<start>.json`, one per start of the driver."""
+        facts = environment() | {"cluster": cluster, "started": time.time()}
+        name = f"environment/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+        self._later(lambda: self.store.log_dict(self.run_id, facts, name))
 
     def _log_parameters(self, config: RunConfig) -> None:
         from mlflow.entities import Param
@@ -182,6 +198,7 @@ class Tracker:
 
     def sync(self, final: bool = False) -> None:
         """Log every line that a checkpoint has committed and MLflow does not have yet; with `final`, the rest too."""
+        self._catch_up()
         committed = _committed(self.run_dir)
         if committed == self._committed and not final:
             return
@@ -209,6 +226,13 @@ class Tracker:
                     )
                     return
                 time.sleep(3.0)
+
+
+def _code_tags() -> dict[str, str]:
+    tags = {"diptych.code_digest": code_digest()}
+    if found := commit():
+        tags |= {"mlflow.source.git.commit": found, "diptych.code_changed": str(changed()).lower()}
+    return tags
 
 
 def mlflow_status(status: str) -> str:
@@ -258,18 +282,6 @@ def _batches(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
             pending = []
     if pending:
         yield pending
-
-
-def code_version() -> str:
-    """Commit of the checkout that runs, or empty for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        answer = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return answer.stdout.strip()
 
 
 def reconcile(uri: str) -> list[str]:

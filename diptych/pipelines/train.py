@@ -42,7 +42,7 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
         raise ConfigError(
             "data.shards", config.data.shards, f"the data that the run began with (digest {former['digest'][:12]})", "Use a new name."
         )
-    (run_dir / "config.json").write_text(config.to_json())
+    (run_dir / "config.json").write_text(config.to_json(public=True))
     (run_dir / "stop").unlink(missing_ok=True)
     driver = {"driver": tracking.driver_identity(), "status": "running", "digest": prepared.facts["digest"], "facts": prepared.facts}
     tracker = tracking.Tracker(config, run_dir, former.get("run_id"), prepared.facts, parent_run_id) if config.tracking.enabled else None
@@ -237,7 +237,7 @@ def _dry_run(config: RunConfig) -> dict[str, Any]:
     }
     rows = [[key, value] for key, value in (resources | facts | {"first caption": caption}).items()]
     show_table("would train", ["what", "value"], rows)
-    return {"config": json.loads(prepared.config.to_json()), "resources": resources, "data": facts}
+    return {"config": json.loads(prepared.config.to_json(public=True)), "resources": resources, "data": facts}
 
 
 if __name__ == "__main__":

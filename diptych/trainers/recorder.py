@@ -119,7 +119,7 @@ class Recorder:
             "world_size": self.world.size,
             "attempt": self.attempt.attempt,
             "digest": self.digest,
-            "config": json.loads(self.config.to_json()),
+            "config": json.loads(self.config.to_json(public=True)),
         }
 
     def _flush(self, step: int) -> None:
