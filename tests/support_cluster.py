@@ -23,14 +23,9 @@ class NodesOfRay:
         from ray.cluster_utils import Cluster
 
         head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
-        # Nodes are told about as dead within seconds, as a kill is what is tested.
-        head["_system_config"] = {
-            "health_check_initial_delay_ms": 2000,
-            "health_check_period_ms": 1000,
-            "health_check_failure_threshold": 3,
-        }
-        head |= {"include_dashboard": dashboard, "dashboard_port": 0} if dashboard else {"include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head, shutdown_at_exit=True)
+        head |= {"include_dashboard": dashboard} | ({"dashboard_port": 0} if dashboard else {})
+        self.cluster = Cluster(shutdown_at_exit=True)
+        self._start(head)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -44,7 +39,17 @@ class NodesOfRay:
 
     def add(self, cpus: int = 1) -> Any:
         """Start a node."""
-        return self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MEGABYTES)
+        return self._start({"num_cpus": cpus, "object_store_memory": 150 * MEGABYTES})
+
+    def _start(self, arguments: dict[str, Any]) -> Any:
+        """Ray gives a node 30 s to start, which a loaded machine may not keep."""
+        for attempt in range(4):
+            try:
+                return self.cluster.add_node(**arguments)
+            except Exception as error:
+                if attempt == 3 or "timed out during startup" not in str(error):
+                    raise
+        raise AssertionError
 
     def kill(self, node: Any) -> None:
         """SIGKILL a node's raylet and all that it started, as a machine that goes away."""

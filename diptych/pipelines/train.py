@@ -22,8 +22,10 @@ import typer
 from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe
 from diptych.pipelines import ray_context, runs_folder, tracking
 from diptych.pipelines.console import finish, note, show_table
+from diptych.pipelines.environment import cluster as cluster_facts
 from diptych.pipelines.follow import following
 from diptych.pipelines.prepare import Prepared, prepare
+from diptych.redaction import without_credentials, without_secrets
 
 
 def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
@@ -44,9 +46,14 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
         )
     (run_dir / "config.json").write_text(config.to_json(public=True))
     (run_dir / "stop").unlink(missing_ok=True)
-    driver = {"driver": tracking.driver_identity(), "status": "running", "digest": prepared.facts["digest"], "facts": prepared.facts}
+    driver = {
+        "driver": tracking.driver_identity(),
+        "status": "running",
+        "digest": prepared.facts["digest"],
+        "facts": without_secrets(prepared.facts),
+    }
     tracker = tracking.Tracker(config, run_dir, former.get("run_id"), prepared.facts, parent_run_id) if config.tracking.enabled else None
-    driver |= {"run_id": tracker.run_id if tracker else "", "uri": tracker.uri if tracker else ""}
+    driver |= {"run_id": tracker.run_id if tracker else "", "uri": without_credentials(tracker.uri) if tracker else ""}
     runs_folder.write_driver(run_dir, driver)
     status, result = "failed", {"status": "failed", "error": ""}
     try:
@@ -68,6 +75,8 @@ def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None) 
     cluster = config.cluster
     with tracker or nullcontext(), ray_context.ray_session(ray_context.required_cpus(config), cluster.address, cluster.logical_cpus):
         ray_context.preflight_cluster(config)
+        if tracker:
+            tracker.log_environment(cluster_facts())
         with _stopping(run_dir):
             return _fit(prepared, run_dir)
 
