@@ -62,9 +62,14 @@ def read_driver(run_dir: Path) -> dict[str, Any]:
 
 def write_driver(run_dir: Path, facts: dict[str, Any]) -> None:
     """Record the driver (`driver`), the MLflow run (`run_id`, `uri`), the status and the data's identity."""
-    temporary = run_dir / "driver.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=2))
-    temporary.replace(run_dir / "driver.json")
+    replace_text(run_dir / "driver.json", json.dumps(facts, indent=2))
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a small file so that a process killed meanwhile leaves the old content or the new one."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def latest_state(run_dir: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.batches import StepBatch
 from diptych.config import ConfigError, RunConfig
 from diptych.pipelines import ray_context
-from diptych.pipelines.runs_folder import read_driver, records_url
+from diptych.pipelines.runs_folder import read_driver, records_url, replace_text
 from diptych.pipelines.samples import write_samples
 from diptych.pipelines.tracking import driver_identity
 
@@ -118,9 +118,7 @@ def run_session(
         result = {"status": status, "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
     result["world_size"] = world.size
     if world.rank == 0 and result["status"] != "fenced":
-        temporary = run_dir / "result.json.tmp"
-        temporary.write_text(json.dumps(result))
-        temporary.replace(run_dir / "result.json")
+        replace_text(run_dir / "result.json", json.dumps(result))
     return result
 
 

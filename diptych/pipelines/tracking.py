@@ -31,6 +31,7 @@ TAG_RUN_DIR = "diptych.run_dir"
 TAG_TASK = "diptych.task"
 TAG_DRIVER = "diptych.driver"
 TAG_DIGEST = "diptych.data_digest"
+TAG_MARK = "diptych.run_mark"
 _BATCH = 900
 """Metrics per request; the server's limit is 1,000."""
 
@@ -96,8 +97,19 @@ def get_experiment(store: MlflowClient, name: str, uri: str) -> str:
 class Tracker:
     """The MLflow run of one logical run. Use as a context manager around the training."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, run_id: str | None, facts: dict[str, Any], parent: str | None = None) -> None:
-        """Make the run, or reopen `run_id`. `facts` holds `digest`, `samples` and what else describes the data."""
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        run_id: str | None,
+        facts: dict[str, Any],
+        parent: str | None = None,
+        mark: str = "",
+    ) -> None:
+        """Make the run, or reopen `run_id`. `facts` holds `digest`, `samples` and what else describes the data.
+
+        `mark` is the run's own, by which a run is found whose driver was killed before it could note the id.
+        """
         self.uri = tracking_uri(config.tracking.uri)
         self.store = client(self.uri)
         self.run_dir = run_dir
@@ -109,18 +121,32 @@ class Tracker:
         self._monitor: Any = None
         self._system_metrics = config.tracking.system_metrics
         tags = {TAG_DRIVER: driver_identity(), TAG_RUN_DIR: str(run_dir)}
-        if run_id is None:
+        if run_id:
+            self.run_id = run_id
+            self._later(lambda: self._reopen(tags))
+            return
+        try:
             experiment = get_experiment(self.store, config.tracking.experiment or f"diptych-{config.task.name}", self.uri)
-            tags |= {TAG_TASK: config.task.name, TAG_DIGEST: facts["digest"], "mlflow.source.name": f"diptych train {config.task.name}"}
+            tags |= {
+                TAG_MARK: mark,
+                TAG_TASK: config.task.name,
+                TAG_DIGEST: facts["digest"],
+                "mlflow.source.name": f"diptych train {config.task.name}",
+            }
             tags |= {"mlflow.parentRunId": parent} if parent else {}
             tags |= _code_tags()
-            self.run_id = self.store.create_run(experiment, tags=tags, run_name=run_dir.name).info.run_id
+            begun = self.store.search_runs([experiment], filter_string=f"tags.`{TAG_MARK}` = '{mark}'") if mark else []
+            run = begun[0] if begun else self.store.create_run(experiment, tags=tags, run_name=run_dir.name)
+            self.run_id = run.info.run_id
+            if begun:
+                self._reopen(tags)
             self._log_parameters(config)
             self._log_input(config, facts)
             self.store.log_text(self.run_id, config.to_json(public=True), "config.json")
-        else:
-            self.run_id = run_id
-            self._later(lambda: self._reopen(tags))
+        except Exception as error:
+            where, why = without_credentials(self.uri), explain(error, self.uri)
+            remedy = "Start the server, or train without it: tracking.enabled=false."
+            raise ConfigError("tracking.uri", where, f"a store that answers when a run begins ({why})", remedy) from None
 
     def _reopen(self, tags: dict[str, str]) -> None:
         self.store.update_run(self.run_id, status="RUNNING")

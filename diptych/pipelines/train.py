@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,15 +45,20 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
         raise ConfigError(
             "data.shards", config.data.shards, f"the data that the run began with (digest {former['digest'][:12]})", "Use a new name."
         )
-    (run_dir / "config.json").write_text(config.to_json(public=True))
+    runs_folder.replace_text(run_dir / "config.json", config.to_json(public=True))
     (run_dir / "stop").unlink(missing_ok=True)
     driver = {
         "driver": tracking.driver_identity(),
         "status": "running",
         "digest": prepared.facts["digest"],
         "facts": without_secrets(prepared.facts),
+        "mark": former.get("mark") or uuid.uuid4().hex,
+        "run_id": former.get("run_id", ""),
+        "uri": former.get("uri", ""),
     }
-    tracker = tracking.Tracker(config, run_dir, former.get("run_id"), prepared.facts, parent_run_id) if config.tracking.enabled else None
+    # Before MLflow is asked, so that a driver that is killed meanwhile leaves the mark by which its run is found again.
+    runs_folder.write_driver(run_dir, driver)
+    tracker = _tracker(config, run_dir, driver, prepared.facts, parent_run_id) if config.tracking.enabled else None
     driver |= {"run_id": tracker.run_id if tracker else "", "uri": without_credentials(tracker.uri) if tracker else ""}
     runs_folder.write_driver(run_dir, driver)
     status, result = "failed", {"status": "failed", "error": ""}
@@ -66,6 +72,16 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
         runs_folder.write_driver(run_dir, driver | {"status": status})
         _conclude(prepared, run_dir, tracker, status)
     return {"run_id": driver["run_id"], "run_dir": str(run_dir)} | result
+
+
+def _tracker(config: RunConfig, run_dir: Path, driver: dict[str, Any], facts: dict[str, Any], parent: str | None) -> tracking.Tracker:
+    """This run's run in MLflow; first, runs are ended that dead drivers left RUNNING."""
+    if parent is None:
+        try:
+            tracking.reconcile(tracking.tracking_uri(config.tracking.uri))
+        except Exception as error:
+            note(f"runs of dead drivers stay as they are for now ({tracking.explain(error, config.tracking.uri)})")
+    return tracking.Tracker(config, run_dir, driver["run_id"], facts, parent, driver["mark"])
 
 
 def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None) -> dict[str, Any]:
