@@ -255,7 +255,7 @@ class RunConfig(Config):
     name: str = ""
     """Run name = folder under `output`; empty = task, date and time. An unfinished run of that name is resumed."""
     output: str = "runs"
-    """Folder or URL for run folders; on a cluster, storage that all nodes share."""
+    """Folder for run folders; on a cluster, one that all nodes share. Checkpoints may go to an object store: `checkpoint.storage`."""
     seed: int = 0
     """Seed of weights, order and all counted randomness."""
     workers: int | str = 1

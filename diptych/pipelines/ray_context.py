@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from diptych.config import ConfigError, RunConfig
@@ -39,6 +40,7 @@ def joins_cluster(config: RunConfig) -> bool:
 def preflight(config: RunConfig) -> None:
     """Refuse, before any Ray starts, what a local Ray could never schedule; raises `ConfigError` with the arithmetic."""
     _check_elastic(config)
+    _check_kept(config)
     if joins_cluster(config):
         return
     import psutil
@@ -74,6 +76,18 @@ def preflight(config: RunConfig) -> None:
             f"at most {gpus} GPUs here: {workers} workers × {config.cluster.gpus_per_worker:g}",
             "Set cluster.gpus_per_worker=0 for a CPU run, or join a cluster with cluster.address.",
         )
+
+
+def _check_kept(config: RunConfig) -> None:
+    """In a job's copy of the working folder, which ends with the job, nothing that is to stay may be written to a relative path."""
+    if "working_dir_files" not in Path.cwd().parts:
+        return
+    remedy = "This is a Ray job: name shared storage, such as output=/shared/runs and tracking.uri=http://mlflow:5000."
+    if not os.path.isabs(config.output):
+        raise ConfigError("output", config.output, "an absolute path that outlives the job", remedy)
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if config.tracking.enabled and (not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"))):
+        raise ConfigError("tracking.uri", uri, "a tracking server, or sqlite:////ABSOLUTE/PATH in shared storage", remedy)
 
 
 def _check_elastic(config: RunConfig) -> None:

@@ -26,6 +26,9 @@ def run_folder(config: RunConfig) -> Path:
     name = config.name or f"{config.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name or name in (".", ".."):
         raise ConfigError("name", name, "a folder name without '/'", "Use output= for the folder that holds the run.")
+    if "://" in config.output:
+        remedy = "Checkpoints, metrics and traces may lie in an object store: checkpoint.storage=s3://bucket/runs."
+        raise ConfigError("output", config.output, "a folder, on a cluster one that all nodes share", remedy)
     return Path(config.output).absolute() / name
 
 
