@@ -139,7 +139,7 @@ class Joined:
         lookups = {}
         for which, files in about["lookups"].items():
             opened = [NpyFile(url, rows, tuple(shape), np.dtype(dtype), offset) for url, rows, shape, dtype, offset in files]
-            arrays = [np.load(folder / f"{which}_{name}.npy", mmap_mode="r") for name in ("file", "row")]
+            arrays = [np.load(folder / f"{which}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("file", "row")]
             lookups[which] = Lookup(opened, *arrays)
         return cls(about["folder"], lookups, about["matched"], about["counts"], saved=str(folder.absolute()), about=about["about"])
 

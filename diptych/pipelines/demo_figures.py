@@ -59,7 +59,9 @@ def _first_objects(run_dir: Path) -> tuple[float, float]:
 
 def _mean_cosine(folder: Path) -> float:
     """Mean cosine of an image embedding with the mean of all: what a prior that ignores its text could reach."""
-    vectors = np.concatenate([np.load(path).astype(np.float32) for path in sorted((folder / "embeddings" / "img_emb").glob("*.npy"))])
+    vectors = np.concatenate(
+        [np.load(path, allow_pickle=False).astype(np.float32) for path in sorted((folder / "embeddings" / "img_emb").glob("*.npy"))]
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     mean = vectors.mean(axis=0)
     return float((vectors @ mean).mean() / np.linalg.norm(mean))

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diptych.config import ConfigError
 from diptych.trainers.attempts import (
     Attempt,
     candidates,
@@ -96,8 +97,6 @@ def begin_attempt(folder: RunFolder | str, world_size: int) -> Attempt:
 
 def load(folder: RunFolder | str, name: str, optimizer: bool = True) -> Checkpoint:
     """Read checkpoint `name` (of `checkpoints/`), checking its sizes; hashes were checked when the attempt began."""
-    from safetensors.torch import load as parse
-
     folder = RunFolder(folder) if isinstance(folder, str) else folder
     verify(folder, name, hashes=False)
     place = f"checkpoints/{name}"
@@ -105,9 +104,20 @@ def load(folder: RunFolder | str, name: str, optimizer: bool = True) -> Checkpoi
     files = json.loads(folder.read(f"{place}/{COMMIT}"))["files"]
     parts: dict[str, dict[str, Tensor]] = {}
     for part in ("model", "ema", *(["optimizer"] if optimizer else [])):
-        parts[part] = parse(folder.read(f"{place}/{part}.safetensors")) if f"{part}.safetensors" in files else {}
+        parts[part] = _parse(folder, f"{place}/{part}.safetensors") if f"{part}.safetensors" in files else {}
     tensors = TrainState(parts["model"], parts.get("optimizer", {}), parts["ema"], state.get("scaler") or {})
     return Checkpoint(name, tensors, state)
+
+
+def _parse(folder: RunFolder, file: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse
+
+    try:
+        return parse(folder.read(file))
+    except SafetensorError as error:
+        received = f"{folder.url}/{file}"
+        raise ConfigError("checkpoint", received, "a file in safetensors format; nothing else is ever loaded", str(error)) from None
 
 
 class CheckpointWriter:
