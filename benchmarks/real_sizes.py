@@ -1,10 +1,11 @@
 """The published sizes on this machine: one optimizer step each, with the memory it took.
 
-    python benchmarks/real_sizes.py gpt2|clip|coca OUT
+    python benchmarks/real_sizes.py gpt2|clip|coca|sd OUT
 
 gpt2: GPT-2 124M from scratch on 2 gloo workers, under DDP and under ZeRO-2. clip: a whole CLIP ViT-L/14 is saved as Hugging Face publishes it,
 loaded by the recipe `image_to_prompt`, and its last blocks take a step. coca: CoCa ViT-L-14 is saved as open_clip publishes it, loaded, and takes
-a step with its image tower frozen. Fresh weights stand in for the published ones, whose names and shapes they have.
+a step with its image tower frozen. sd: Stable Diffusion 1.5 is saved in its published layout, loaded by the recipe `lora_reports`, and its adapters take a
+step at 256 pixels. Fresh weights stand in for the published ones, whose names and shapes they have.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def step(config: RunConfig, batch_size: int) -> dict[str, Any]:
     batch = task.example_batch(batch_size, seed=world.rank)
     batch |= task.draws(batch)
     totals = {name: world.sum_(weight.detach().double().reshape(())).float() for name, weight in task.weights(batch).items()}
-    before = {name: parameter.detach().clone() for name, parameter in list(task.named_parameters())[-1:]}
+    learning = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
+    before = {name: parameter.detach().clone() for name, parameter in learning[-1:]}
     started = time.monotonic()
     terms, _ = accumulate(strategy, batch, 1, totals, seed=0, step=0)
     norm = float(strategy.step(0, config.optim.lr))
@@ -121,10 +123,40 @@ def coca(out: Path) -> dict[str, Any]:
     return {"CoCa ViT-L-14, image tower frozen": step(config, 2)}
 
 
+def sd(out: Path) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    from diptych.datasets.tokens import train_tokenizer
+
+    folder = out / "stable-diffusion-v1-5"
+    if not (folder / "model_index.json").is_file():
+        train_tokenizer(["a thing above another"], 256, out / "words")
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}
+        StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+            ),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(str(out / "words"), model_max_length=77),
+            unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+            scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+    overrides = [f"task.pretrained={folder}", "task.image_size=256", "train.precision=auto"]
+    config = apply_overrides(load_recipe("stable_diffusion", "lora_reports"), overrides)
+    return {"Stable Diffusion 1.5, LoRA of rank 4 at 256 pixels": step(config, 1)}
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"gpt2": gpt2, "clip": clip, "coca": coca}[sys.argv[1]](folder)
+    found = {"gpt2": gpt2, "clip": clip, "coca": coca, "sd": sd}[sys.argv[1]](folder)
     for name, figures in found.items():
         print(name, json.dumps(figures))
     sys.exit(0 if all(figures["changed"] for figures in found.values()) else 1)

@@ -1,0 +1,236 @@
+"""Steps per second of Stable Diffusion: encoding in each step, from caches, and by the logic of diffusers' training script.
+
+    python benchmarks/sd_steps.py OUT [STEPS]
+
+A pipeline whose VAE costs as much beside its U-Net as SD 1.5's at 512 pixels (floating-point operations are counted and printed) learns 96 scenes at 128
+pixels, batch 8, fp32, in this process: our loop encoding online, our loop on `diptych cache`'s latents and text states, and the lines of
+diffusers' `train_text_to_image.py` between its DataLoader and its optimizer. The three take turns, three rounds; medians. Exit status 1 if the caches are
+less than 1.3 times as fast as the script, or if everything but forward, backward and optimizer takes more than 3 % of a step.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import statistics
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from scene_judge import write_scenes
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from diptych.config import RunConfig, apply_overrides, load_recipe
+from diptych.datasets.stream import LocalStream
+from diptych.datasets.tokens import train_tokenizer
+from diptych.pipelines import cache
+from diptych.pipelines.console import show_table
+from diptych.pipelines.prepare import prepare
+from diptych.trainers.loop import train
+from diptych.trainers.recorder import Recorder, start_attempt
+from diptych.trainers.strategies.ddp import DDPStrategy
+from diptych.trainers.task import Batch, Output
+from diptych.trainers.tasks import load_task_class
+from diptych.trainers.world import World
+
+_SIDE, _BATCH, _SCENES, _ROUNDS, _WARM_UP, _LENGTH, _WIDTH = 128, 8, 96, 3, 3, 77, 96
+_PUBLISHED = {"block_out_channels": (128, 256, 512, 512)}
+_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+_SMALL_VAE = _VAE | {"block_out_channels": (24, 48, 96, 96), "norm_num_groups": 8, "sample_size": _SIDE}
+_SMALL_UNET: dict[str, Any] = {
+    "cross_attention_dim": _WIDTH,
+    "attention_head_dim": 8,
+    "block_out_channels": (64, 128, 256, 256),
+    "norm_num_groups": 8,
+    "sample_size": _SIDE // 8,
+}
+
+
+def cost_ratio(unet: dict[str, Any], vae: dict[str, Any], side: int) -> float:
+    """Operations of encoding a picture over those of forward and backward of the U-Net, counted without computing."""
+    with torch.device("meta"):
+        model, encoder = UNet2DConditionModel(**unet), AutoencoderKL(**vae)
+        latents, states = torch.empty(1, 4, side // 8, side // 8), torch.empty(1, _LENGTH, unet["cross_attention_dim"])
+        picture, times = torch.empty(1, 3, side, side), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as learning:
+        model(latents, times, states).sample.sum().backward()
+    with FlopCounterMode(display=False) as encoding, torch.no_grad():
+        encoder.encode(picture)
+    return encoding.get_total_flops() / learning.get_total_flops()
+
+
+def make_pipeline(folder: Path, captions: list[str]) -> None:
+    """SD 1.5's topology, a fifth as wide, with fresh weights."""
+    torch.manual_seed(0)
+    train_tokenizer(captions, 256, folder / "words")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder / "words"), model_max_length=_LENGTH)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=4 * _WIDTH, num_hidden_layers=12, num_attention_heads=4
+    )
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**_SMALL_VAE),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**_SMALL_UNET),
+        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+class Timed(DDPStrategy):
+    """Notes when each step ended, and how long forward, backward and optimizer took in it."""
+
+    def __init__(self, config: RunConfig, task: Any, world: World) -> None:
+        super().__init__(config, task, world)
+        self.ended: list[float] = []
+        self.inside: list[float] = []
+        self._since = 0.0
+
+    def forward(self, batch: Batch, last: bool) -> Output:
+        """As `DDPStrategy.forward`."""
+        begin = time.perf_counter()
+        output = super().forward(batch, last)
+        self._since += time.perf_counter() - begin
+        return output
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """As `DDPStrategy.backward`."""
+        begin = time.perf_counter()
+        super().backward(loss, last)
+        self._since += time.perf_counter() - begin
+
+    def step(self, step: int, lr: float) -> Tensor:
+        """As `DDPStrategy.step`."""
+        begin = time.perf_counter()
+        norm = super().step(step, lr)
+        self.ended.append(time.perf_counter())
+        self.inside.append(self._since + self.ended[-1] - begin)
+        self._since = 0.0
+        return norm
+
+
+def ours(config: RunConfig, folder: Path) -> tuple[list[float], list[float]]:
+    """(seconds, seconds of it inside the model and the optimizer) of each step after the warm-up, of our whole loop."""
+    folder.mkdir(parents=True)
+    prepared = prepare(config, folder)
+    config = prepared.config
+    strategy = Timed(config, load_task_class("stable_diffusion")(config.task, config.seed), World.current("cpu"))
+    recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
+    train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
+    seconds = [after - before for before, after in itertools.pairwise(strategy.ended)]
+    return seconds[_WARM_UP:], strategy.inside[_WARM_UP + 1 :]
+
+
+class Pictures(Dataset[dict[str, Tensor]]):
+    """The script's data set: pictures decoded, transformed and tokenized as they are asked for."""
+
+    def __init__(self, shards: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        members: dict[str, dict[str, bytes]] = {}
+        for path in sorted(shards.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    key, _, extension = member.name.partition(".")
+                    members.setdefault(key, {})[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        self.samples, self.tokenizer = list(members.values()), tokenizer
+        steps = [transforms.Resize(_SIDE), transforms.CenterCrop(_SIDE), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.samples[index]
+        tokens = self.tokenizer(sample["txt"].decode(), max_length=_LENGTH, padding="max_length", truncation=True, return_tensors="pt")
+        return {
+            "pixel_values": self.transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")),
+            "input_ids": tokens.input_ids[0],
+        }
+
+
+def script(folder: Path, shards: Path, steps: int) -> list[float]:
+    """Seconds of each step after the warm-up: diffusers' `train_text_to_image.py` with its own defaults, without accelerate's wrappers."""
+    pipeline = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None)
+    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    noise_scheduler = DDPMScheduler.from_pretrained(str(folder), subfolder="scheduler")
+    vae.requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
+    loader = DataLoader(Pictures(shards, pipeline.tokenizer), batch_size=_BATCH, shuffle=True, drop_last=True)
+    ended: list[float] = []
+    while len(ended) <= steps:
+        for batch in loader:
+            latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (latents.shape[0],)).long()
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            encoder_hidden_states = text_encoder(batch["input_ids"], return_dict=False)[0]
+            model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+            F.mse_loss(model_pred.float(), noise.float(), reduction="mean").backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ended.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(ended)][_WARM_UP:steps]
+
+
+def main(out: Path, steps: int) -> bool:
+    folder, shards = out / "pipeline", out / "shards"
+    write_scenes(shards, _SCENES, _SIDE)
+    dataset_captions = [sample["txt"].decode() for sample in Pictures(shards, None).samples]  # type: ignore[arg-type]
+    if not folder.is_dir():
+        make_pipeline(folder, dataset_captions)
+    for kind, options in (("latents", {"size": _SIDE}), ("text-states", {})):
+        cache.run(kind, str(shards), str(out / kind), {"model": str(folder)} | options)
+    common = [
+        f"data.shards={shards}",
+        f"task.pretrained={folder}",
+        f"task.image_size={_SIDE}",
+        "task.train=unet",
+        "task.flip=0",
+        "optim.lr=1e-5",
+    ]
+    common += [f"train.steps={steps + 1}", f"train.global_batch_size={_BATCH}", "train.precision=fp32", "data.validation_share=0"]
+    online = apply_overrides(load_recipe("stable_diffusion", "lora_reports"), [*common, "validation.samples=0"])
+    cached = apply_overrides(online, ["task.cached=latents,text-states", f"data.caches={out / 'latents'},{out / 'text-states'}"])
+    times: dict[str, list[float]] = {"script": [], "online": [], "cached": []}
+    shares: dict[str, list[float]] = {"online": [], "cached": []}
+    for number in range(_ROUNDS):
+        times["script"] += script(folder, shards, steps)
+        for name, config in (("online", online), ("cached", cached)):
+            seconds, inside = ours(config, out / f"{name}-{os.getpid()}-{number}")
+            times[name] += seconds
+            shares[name] += [1 - part / whole for part, whole in zip(inside, seconds, strict=True)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    figures: dict[str, float] = {f"{name}_steps_per_second": 1 / value for name, value in medians.items()}
+    figures |= {f"{name}_over_script": medians["script"] / medians[name] for name in ("online", "cached")}
+    figures |= {f"{name}_own_share": statistics.median(values) for name, values in shares.items()}
+    figures["cost_ratio"] = cost_ratio(_SMALL_UNET, _SMALL_VAE, _SIDE)
+    figures["cost_ratio_sd15_512"] = cost_ratio({"cross_attention_dim": 768, "attention_head_dim": 8}, _VAE | _PUBLISHED, 512)
+    title = f"Medians of {_ROUNDS} rounds of {steps} steps, {torch.get_num_threads()} threads"
+    show_table(title, ["figure", "value"], [[name, f"{value:.4f}"] for name, value in figures.items()])
+    print(json.dumps(figures))
+    return figures["cached_over_script"] >= 1.3 and max(figures["online_own_share"], figures["cached_own_share"]) <= 0.03
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 15) else 1)
