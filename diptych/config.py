@@ -177,6 +177,9 @@ class TrainConfig(Config):
     """Metric for `patience` and for the best checkpoint."""
     monitor_mode: Literal["min", "max"] = "min"
     """Whether smaller or larger is better."""
+    start_from: str = ""
+    """A run folder, or `RUN/checkpoints/NAME`, whose weights, moments, averages and slot a new run begins with; seed, global batch
+    and data must be its own, hyperparameters need not. `steps` counts the donor's too. Empty = begin afresh."""
     collective_timeout_seconds: float = pydantic.Field(600.0, gt=0)
     """A collective that hangs longer fails the attempt."""
 

@@ -13,8 +13,11 @@ from diptych.pipelines.console import console, note
 
 
 @contextmanager
-def following(run_dir: Path, config: RunConfig) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called now and then. The bar is silent without a terminal; attempts and failures are told always."""
+def following(run_dir: Path, config: RunConfig, label: str = "") -> Iterator[Callable[[], None]]:
+    """Yields what is to be called now and then. The bar is silent without a terminal; attempts and failures are told always.
+
+    A run with a `label` is one of several side by side: a terminal has room for one bar, so it has none, and its notes begin with it.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from diptych.pipelines.failures import FailureReader
@@ -26,17 +29,18 @@ def following(run_dir: Path, config: RunConfig) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    failures, attempts = FailureReader(run_dir), _AttemptReader(run_dir)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    failures, attempts = FailureReader(run_dir), _AttemptReader(run_dir, label)
+    shown = console.is_terminal and not label
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(run_dir.name, total=config.train.steps, figures="starting workers")
 
         def show() -> None:
             for reason in failures.new():
-                note(f"workers failed: {reason}")
+                note(f"{label}workers failed: {reason}")
             if not attempts.due():
                 return
             attempts.tell()
-            line = runs_folder.last_line(run_dir) if console.is_terminal else None
+            line = runs_folder.last_line(run_dir) if shown else None
             if line:
                 values = line["metrics"]
                 if "train/loss" in values:
@@ -51,9 +55,10 @@ def following(run_dir: Path, config: RunConfig) -> Iterator[Callable[[], None]]:
 class _AttemptReader:
     """Tells of attempts that were not there at the beginning: with how many workers and from which checkpoint."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, label: str) -> None:
         from diptych.trainers.runfolder import RunFolder
 
+        self._label = label
         self.folder = RunFolder(runs_folder.records(run_dir))
         self._known, self._next = set(self.folder.names("attempts")), 0.0
 
@@ -73,8 +78,8 @@ class _AttemptReader:
         for number in new:
             attempt = records[number]
             for torn in attempt.passed_over:
-                note(f"passed over a torn checkpoint: {torn}")
+                note(f"{self._label}passed over a torn checkpoint: {torn}")
             if attempt.attempt > 1:
                 start = f"from {attempt.resumed_from}" if attempt.resumed_from else "from the beginning"
-                note(f"attempt {attempt.attempt}: {attempt.world_size} workers, {start}")
+                note(f"{self._label}attempt {attempt.attempt}: {attempt.world_size} workers, {start}")
         self._known |= names

@@ -9,10 +9,14 @@ from typing import Any
 from diptych.config import RunConfig
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.runs_folder import write_driver
+from diptych.pipelines.trial import Trial
 
 
-def train_here(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Prepare and train `config` with one worker, leaving the run folder that `diptych train` would; returns `result.json`."""
+def train_here(config: RunConfig, run_dir: Path, trial: Trial | None = None) -> dict[str, Any]:
+    """Prepare and train `config` with one worker, leaving the run folder that `diptych train` would; returns `result.json`.
+
+    `trial` says where a sweep would stop it.
+    """
     import torch
 
     from diptych.datasets.stream import LocalStream
@@ -21,6 +25,6 @@ def train_here(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config, run_dir)
     (run_dir / "config.json").write_text(prepared.config.to_json(public=True))
-    result = run_session(payload_of(prepared, run_dir), prepared.config, torch.device("cpu"), LocalStream)
+    result = run_session(payload_of(prepared, run_dir, trial), prepared.config, torch.device("cpu"), LocalStream)
     write_driver(run_dir, {"driver": "", "status": result["status"], "digest": prepared.facts["digest"], "run_id": "", "uri": ""})
     return json.loads((run_dir / "result.json").read_text())

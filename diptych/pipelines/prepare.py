@@ -6,9 +6,14 @@ need is written to the run folder's `inputs/` and handed to them as small, pickl
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.batches import Needs
 from diptych.config import ConfigError, RunConfig, set_path
@@ -32,6 +37,27 @@ class Prepared:
     validation: StreamSpec | None
     facts: dict[str, Any]
     """`digest` (of the data as selected), `samples`, `validation_samples`, `captions`, `images`, `image_dim`, `text_dim`, `latent_mean_shape` and the like of cached keys, …"""
+
+
+T = TypeVar("T")
+
+
+class Inputs:
+    """What runs of one process may share, each made once: manifests, joins, tokenizers. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` holds what is made of files."""
+        self.folder = folder
+        self._made: dict[tuple[str, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    def once(self, kind: str, key: Sequence[str], make: Callable[[Path], T]) -> T:
+        """`make(folder)` for the first caller with this key, and the same value for those that follow."""
+        name = (kind, *key)
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make(self.folder / f"{kind}-{hashlib.sha256(repr(name).encode()).hexdigest()[:8]}")
+            return self._made[name]
 
 
 def open_shards(config: RunConfig) -> Manifest:
@@ -75,46 +101,60 @@ def join_caches(config: RunConfig, manifest: Manifest, needs: Needs, folder: Pat
     return joins
 
 
-def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path) -> RunConfig:
-    """Train the tokenizer that `task.tokenizer=train:SIZE` asks for on the captions, once per run."""
-    spec = getattr(config.task, "tokenizer", "")
-    if not str(spec).startswith("train:"):
+def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path, shared: Inputs | None) -> RunConfig:
+    """Train the tokenizer that `task.tokenizer=train:SIZE` asks for on the captions, once per run, or once for all that share it."""
+    spec = str(getattr(config.task, "tokenizer", ""))
+    if not spec.startswith("train:"):
         return config
     if not (folder / "tokenizer.json").is_file():
-        from diptych.datasets.tokens import train_tokenizer
-
-        captions: Any = manifest.column("caption")
-        with progress("training the tokenizer", None):
-            train_tokenizer(filter(None, captions.to_pylist()), int(spec.removeprefix("train:")), folder)
+        if shared is None:
+            _train_tokenizer(manifest, int(spec.removeprefix("train:")), folder)
+        else:
+            make = partial(_train_tokenizer, manifest, int(spec.removeprefix("train:")))
+            # A run folder can be moved or copied by itself, so each has its own copy.
+            shutil.copytree(shared.once("tokenizer", (spec, manifest.digest), make), folder, dirs_exist_ok=True)
     return set_path(config, "task.tokenizer", str(folder))
 
 
-def prepare(config: RunConfig, run_dir: Path) -> Prepared:
-    """Open, join, split and check the data of `config`; raises `ConfigError` on what cannot work."""
+def _train_tokenizer(manifest: Manifest, size: int, folder: Path) -> Path:
+    from diptych.datasets.tokens import train_tokenizer
+
+    captions: Any = manifest.column("caption")
+    with progress("training the tokenizer", None):
+        train_tokenizer(filter(None, captions.to_pylist()), size, folder)
+    return folder
+
+
+def prepare(config: RunConfig, run_dir: Path, shared: Inputs | None = None) -> Prepared:
+    """Open, join, split and check the data of `config`; raises `ConfigError` on what cannot work.
+
+    With `shared`, the manifest, the join and the trained tokenizer are those that other runs made already.
+    """
     from diptych.datasets.keep import select
     from diptych.datasets.reader import SampleSource
     from diptych.datasets.stream import StreamSpec
 
     inputs = run_dir / "inputs"
-    manifest = open_shards(config)
+    data = config.data
+    manifest = shared.once("manifest", (data.shards, data.manifest), lambda _: open_shards(config)) if shared else open_shards(config)
     facts = dict(manifest.facts())
     needs = config.task.needs()
     _check_members(needs, facts, config.data.shards)
-    joined = join_embeddings(config, manifest, needs, inputs / "join")
+    join = partial(join_embeddings, config, manifest, needs)
+    joined = shared.once("join", (data.embeddings, manifest.digest, repr(needs)), join) if shared else join(inputs / "join")
     if joined is not None:
         facts |= {f"{name}_dim": joined.dim(name) for name in joined.which}
-    caches = join_caches(config, manifest, needs, inputs / "caches")
+    cached = partial(join_caches, config, manifest, needs)
+    caches = shared.once("caches", (*data.caches, manifest.digest, repr(needs)), cached) if shared else cached(inputs / "caches")
     facts |= {f"{key}_shape": cache.shape(key) for cache in caches for key in cache.which}
     task = config.task.resolve(facts)
     task.check_data(facts)
     config = config.model_copy(update={"task": task})
-    config = with_tokenizer(config, manifest, inputs / "tokenizer")
-    train, held_out = select(manifest, config.data.keep, config.data.validation_share, config.data.split_seed)
+    config = with_tokenizer(config, manifest, inputs / "tokenizer", shared)
+    train, held_out = select(manifest, data.keep, data.validation_share, data.split_seed)
     if not train.samples:
-        raise ConfigError(
-            "data.keep", list(config.data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`."
-        )
-    source = SampleSource.of(manifest, joined, config.data, caches)
+        raise ConfigError("data.keep", list(data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`.")
+    source = SampleSource.of(manifest, joined, data, caches)
     specs = {
         name: StreamSpec.of(source, selection.save(inputs / f"{name}.npy"), config, finite=name == "validation")
         for name, selection in (("train", train), ("validation", held_out))

@@ -10,7 +10,8 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ def run(runs: Sequence[str], out: str = "report.html") -> dict[str, Any]:
 def write(path: Path, title: str, lead: str, runs: Sequence[Path], figures: Sequence[Figure] = (), closing: str = "") -> None:
     """Write one page: `figures` on top, a section for each run folder, and `closing` as the last words."""
     page = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(title=title, lead=lead, figures=figures, runs=[_section(folder) for folder in runs], closing=closing)
     )
@@ -63,15 +64,16 @@ def write(path: Path, title: str, lead: str, runs: Sequence[Path], figures: Sequ
 
 def render_tables(title: str, about: dict[str, Any], tables: Sequence[dict[str, Any]]) -> str:
     """A page of tables (`title`, `columns`, `rows`)."""
-    return _environment().get_template("tables.html").render(title=title, about=about, tables=tables)
+    return environment().get_template("tables.html").render(title=title, about=about, tables=tables)
 
 
 def render_model_log(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """A page of models: a table of `columns`, and the `grids` (`title`, `data`) and `prompts` of each row."""
-    return _environment().get_template("model_log.html").render(title="Model log", columns=columns, rows=rows)
+    return environment().get_template("model_log.html").render(title="Model log", columns=columns, rows=rows)
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Templates of the pages that are written here and elsewhere."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
@@ -150,32 +152,44 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     return [_svg(name, series[name]) for name in shown]
 
 
-def _svg(name: str, sides: dict[str, list[tuple[int, float]]]) -> str:
+@contextmanager
+def styled_axes(title: str, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """(canvas, axes) of a plot of `size` inches in colours that stand on light and dark pages; `finished_svg` ends it within the block."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": name}):
-        canvas = Canvas(figsize=(4.2, 2.6), layout="constrained")
+    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
+        canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots()
-        for side, points in sorted(sides.items()):
-            steps, values = zip(*points, strict=True)
-            style = {"marker": "o", "markersize": 3} if side == "val" else {"linewidth": 1.2}
-            axes.plot(steps, values, label={"val": "held out", "train": "training"}.get(side, side), **style)
-        axes.set_title(name.replace("_", " "), color="#808894")
-        axes.set_xlabel("step", color="#808894")
+        axes.set_title(title, color="#808894")
         axes.tick_params(colors="#808894")
         axes.grid(alpha=0.25)
         for spine in axes.spines.values():
             spine.set_color("#808894")
-        if len(sides) > 1:
-            axes.legend(frameon=False, labelcolor="#808894")
-        drawn = io.StringIO()
-        canvas.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        yield canvas, axes
+
+
+def finished_svg(canvas: Any, name: str) -> str:
+    """The drawing as SVG to stand in a page; `name` is its own among the drawings of that page."""
+    drawn = io.StringIO()
+    canvas.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     text = drawn.getvalue()
     # Several drawings share a page, so the names of their clip paths must differ; the XML prologue does not belong in HTML.
     prefix = "c" + "".join(character for character in name if character.isalnum())
     text = text[text.index("<svg") :]
     return text.replace('id="', f'id="{prefix}-').replace("url(#", f"url(#{prefix}-").replace('xlink:href="#', f'xlink:href="#{prefix}-')
+
+
+def _svg(name: str, sides: dict[str, list[tuple[int, float]]]) -> str:
+    with styled_axes(name.replace("_", " "), (4.2, 2.6)) as (canvas, axes):
+        for side, points in sorted(sides.items()):
+            steps, values = zip(*points, strict=True)
+            style = {"marker": "o", "markersize": 3} if side == "val" else {"linewidth": 1.2}
+            axes.plot(steps, values, label={"val": "held out", "train": "training"}.get(side, side), **style)
+        axes.set_xlabel("step", color="#808894")
+        if len(sides) > 1:
+            axes.legend(frameon=False, labelcolor="#808894")
+        return finished_svg(canvas, name)
 
 
 def _shown(run_dir: Path) -> dict[str, Any] | None:

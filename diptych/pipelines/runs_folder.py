@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,11 @@ def last_line(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+def claim(run_dir: Path, config: RunConfig, mutable: Collection[str] = ()) -> dict[str, Any]:
     """Make or reopen the run folder for this driver; returns what a former driver recorded.
 
     Raises `ConfigError` if another driver is alive, if the run is finished, or if the configuration changes what may not
-    change within a run.
+    change within a run, keys in `mutable` aside.
     """
     former = read_driver(run_dir)
     if former:
@@ -118,7 +119,7 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, Any]:
         stored = RunConfig.from_json((run_dir / "config.json").read_text())
         if former["status"] in ("finished", "early_stopped") and config.train.steps <= stored.train.steps:
             raise ConfigError("name", run_dir.name, "an unfinished run or a new name", "Raise train.steps to continue a finished run.")
-        _check_unchanged(stored, config)
+        _check_unchanged(stored, config, mutable)
     run_dir.mkdir(parents=True, exist_ok=True)
     return former
 
@@ -135,13 +136,13 @@ _FIXED = (
 )
 
 
-def _check_unchanged(stored: RunConfig, config: RunConfig) -> None:
+def _check_unchanged(stored: RunConfig, config: RunConfig, mutable: Collection[str]) -> None:
     """A run keeps its model, its data's order and its seed; workers, strategy, length and cadence may change."""
     from diptych.config import dotted_keys
 
     before, after = dotted_keys(stored), dotted_keys(RunConfig.from_json(config.to_json(public=True)))
     for key, value in after.items():
-        changed = key in before and before[key] != value
+        changed = key in before and before[key] != value and key not in mutable
         # The tokenizer and dimensions were resolved from the data when the run began, so the stored value is the later one.
         derived = (isinstance(value, str) and value.startswith("train:")) or value is None
         if changed and key.startswith(_FIXED) and not derived:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,12 +21,15 @@ from diptych.pipelines import ray_context
 from diptych.pipelines.runs_folder import read_driver, records_url, replace_text
 from diptych.pipelines.samples import write_samples
 from diptych.pipelines.tracking import driver_identity
+from diptych.pipelines.trial import SweepStops
 
 if TYPE_CHECKING:
     import torch
 
     from diptych.datasets.stream import StreamSpec
     from diptych.pipelines.prepare import Prepared
+    from diptych.pipelines.trial import Trial
+    from diptych.trainers.attempts import Attempt
     from diptych.trainers.loop import Callbacks
     from diptych.trainers.task import Batch, Task
     from diptych.trainers.world import World
@@ -34,8 +38,8 @@ StreamFactory = Callable[["StreamSpec", int, int, int, int | None], Iterable[Ste
 """`(spec, rank, world_size, start_step, stop_step)` → this worker's shares; a stop of None is the end of a finite stream."""
 
 
-def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
-    """What a worker is handed: configuration, run folder, its records, its driver, streams, the data's digest; small, picklable."""
+def payload_of(prepared: Prepared, run_dir: Path, trial: Trial | None = None) -> dict[str, Any]:
+    """What a worker is handed: configuration, run folder, its records, its driver, streams, the data's digest, where a sweep stops it; small and picklable."""
     return {
         "driver": driver_identity(),
         "config": prepared.config.to_json(),
@@ -44,6 +48,9 @@ def payload_of(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
         "train": prepared.train,
         "validation": prepared.validation,
         "digest": prepared.facts["digest"],
+        "until": trial.until if trial else 0,
+        "rungs": trial.rungs if trial else (),
+        "cwd": os.getcwd(),
     }
 
 
@@ -61,6 +68,21 @@ def train_worker(payload: dict[str, Any]) -> None:
     cpus = config.cluster.data_cpus / ray.train.get_context().get_world_size()
     make_stream = partial(RayStream, cpus=cpus, claims=not ray_context.is_elastic(config))
     run_session(payload, config, get_device(), make_stream, notice=_PreemptionNotice())
+
+
+def train_alone(payload: dict[str, Any]) -> None:
+    """The same for a run of one worker that needs no process group: the body of a Ray task, which reads its shards itself."""
+    import torch
+
+    from diptych.datasets.stream import LocalStream
+
+    config = RunConfig.from_json(payload["config"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    # Relative paths in the configuration mean the driver's working folder, where this node has it.
+    if os.path.isdir(payload["cwd"]):
+        os.chdir(payload["cwd"])
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    run_session(payload, config, torch.device("cuda" if config.cluster.gpus_per_worker else "cpu"), LocalStream)
 
 
 def run_session(
@@ -108,7 +130,7 @@ def run_session(
             return make_stream(payload["validation"], world.rank, world.size, 0, None)
 
         held_out = validation if payload["validation"] is not None else None
-        callbacks = replace(_callbacks(payload, config, attempt.attempt, world.rank), should_save=notice)
+        callbacks = replace(_callbacks(payload, config, attempt, world.rank), should_save=notice)
         ended = train(config, strategy, stream, held_out, recorder, callbacks=callbacks)
         result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
     except (ConfigError, Diverged, FaultBudgetExceeded, Fenced, StorageFailed) as error:
@@ -131,12 +153,12 @@ def _check_driver(driver: str, run_dir: Path, world: World) -> None:
         raise Fenced(f"the run in {run_dir} is driven by {found} now; the workers of {driver} do not start")
 
 
-def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: int, rank: int) -> Callbacks:
+def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: Attempt, rank: int) -> Callbacks:
     from diptych.datasets.ledger import Ledger
     from diptych.trainers.loop import Callbacks
 
     run_dir = Path(payload["run_dir"])
-    ledger = Ledger(payload["records"], attempt)
+    ledger = Ledger(payload["records"], attempt.attempt)
     shows = payload["validation"] is not None and config.tracking.samples and rank == 0
     looked_at: list[Batch] = []
 
@@ -147,7 +169,7 @@ def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: int, rank: i
             looked_at.append(_first_samples(payload["validation"], config.tracking.samples, task))
         write_samples(run_dir / "samples", step, task, looked_at[0])
 
-    return Callbacks(should_stop=_StopFile(run_dir / "stop"), record_faults=ledger.record, show=show)
+    return Callbacks(should_stop=_should_stop(payload, attempt, rank), record_faults=ledger.record, show=show)
 
 
 def _first_samples(spec: StreamSpec, count: int, task: Task) -> Batch:
@@ -157,6 +179,13 @@ def _first_samples(spec: StreamSpec, count: int, task: Task) -> Batch:
 
     share = next(iter(LocalStream(replace(spec, global_batch_size=min(count, spec.selection.samples), micro_batches=1), 0, 1, 0, 1)))
     return to_device(share.arrays, next(task.parameters()).device)
+
+
+def _should_stop(payload: dict[str, Any], attempt: Attempt, rank: int) -> Callable[[], bool]:
+    stop_file = _StopFile(Path(payload["run_dir"]) / "stop")
+    if not payload["until"] and not payload["rungs"]:
+        return stop_file
+    return SweepStops(stop_file, Path(payload["run_dir"]), attempt.start_step, payload["until"], payload["rungs"] if rank == 0 else ())
 
 
 class _StopFile:

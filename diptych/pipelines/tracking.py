@@ -263,8 +263,8 @@ def _code_tags() -> dict[str, str]:
 
 def mlflow_status(status: str) -> str:
     """MLflow's word for the status of a run folder; a run that a dead driver left `running` was killed."""
-    words = {"finished": "FINISHED", "early_stopped": "FINISHED", "stopped": "KILLED", "killed": "KILLED", "running": "KILLED"}
-    return words.get(status, "FAILED")
+    words = {"finished": "FINISHED", "early_stopped": "FINISHED", "pruned": "FINISHED", "paused": "SCHEDULED"}
+    return (words | dict.fromkeys(("stopped", "killed", "running"), "KILLED")).get(status, "FAILED")
 
 
 def _committed(run_dir: Path) -> tuple[int, int]:
@@ -311,7 +311,8 @@ def _batches(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
 
 
 def reconcile(uri: str) -> list[str]:
-    """End every run of ours that MLflow calls RUNNING though its driver on this host is dead, with the status that its folder has.
+    """End every run of ours that MLflow calls RUNNING, or SCHEDULED between the generations of a sweep, though its driver on this host is
+    dead, with the status that its folder has.
 
     Its metrics are caught up from the run folder first, where that still exists. Returns the ids of the runs ended.
     """
@@ -320,14 +321,19 @@ def reconcile(uri: str) -> list[str]:
     store = client(uri)
     experiments = [experiment.experiment_id for experiment in store.search_experiments()]
     ended = []
-    for run in store.search_runs(experiments, filter_string="attributes.status = 'RUNNING'") if experiments else []:
+    open_runs = [
+        run
+        for status in ("RUNNING", "SCHEDULED")
+        for run in (store.search_runs(experiments, filter_string=f"attributes.status = '{status}'") if experiments else [])
+    ]
+    for run in open_runs:
         run_id, driver = run.info.run_id, run.data.tags.get(TAG_DRIVER, "")
         if not driver or not driver_is_gone(driver):
             continue
         run_dir, status = Path(run.data.tags.get(TAG_RUN_DIR, "")), "KILLED"
         recorded = read_driver(run_dir) if run_dir.is_absolute() else {}
         if recorded.get("run_id") == run_id:
-            status = mlflow_status(recorded["status"])
+            status = mlflow_status(recorded["status"]).replace("SCHEDULED", "KILLED")
             _send_metrics(store, run_id, run_dir, float("inf") if status == "FINISHED" else _committed(run_dir)[0], set())
         store.set_terminated(run_id, status)
         ended.append(run_id)

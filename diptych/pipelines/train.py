@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,18 +28,22 @@ from diptych.pipelines.follow import following
 from diptych.pipelines.prepare import Prepared, prepare
 from diptych.redaction import without_credentials, without_secrets
 
+if TYPE_CHECKING:
+    from diptych.pipelines.trial import Trial
 
-def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
+
+def run(config: RunConfig, parent_run_id: str | None = None, trial: Trial | None = None) -> dict[str, Any]:
     """Train, or resume the unfinished run of that name; returns `run_id, run_dir, step, samples, world_size, status, metrics`.
 
-    `status` is `finished`, `early_stopped`, `stopped` (asked to) or `failed`. Raises `ConfigError` for what cannot start.
+    `status` is `finished`, `early_stopped`, `stopped` (asked to) or `failed`; for a `trial` of the sweep `parent_run_id` also `pruned`
+    or `paused`. Raises `ConfigError` for what cannot start.
     """
     ray_context.preflight(config)
     if config.tracking.enabled:
         tracking.tracking_uri(config.tracking.uri)
     run_dir = runs_folder.run_folder(config)
-    former = runs_folder.claim(run_dir, config)
-    prepared = prepare(config, run_dir)
+    former = runs_folder.claim(run_dir, config, trial.mutable if trial else frozenset())
+    prepared = prepare(config, run_dir, trial.inputs if trial else None)
     config = prepared.config
     if former and former["digest"] != prepared.facts["digest"]:
         raise ConfigError(
@@ -47,6 +51,8 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
         )
     runs_folder.replace_text(run_dir / "config.json", config.to_json(public=True))
     (run_dir / "stop").unlink(missing_ok=True)
+    if config.train.start_from:
+        _start_from(config, run_dir, prepared.facts["digest"])
     driver = {
         "driver": tracking.driver_identity(),
         "status": "running",
@@ -63,7 +69,7 @@ def run(config: RunConfig, parent_run_id: str | None = None) -> dict[str, Any]:
     runs_folder.write_driver(run_dir, driver)
     status, result = "failed", {"status": "failed", "error": ""}
     try:
-        result = _train(prepared, run_dir, tracker)
+        result = _train(prepared, run_dir, tracker, trial)
         status = result["status"]
     except KeyboardInterrupt:
         status = "killed"
@@ -84,7 +90,20 @@ def _tracker(config: RunConfig, run_dir: Path, driver: dict[str, Any], facts: di
     return tracking.Tracker(config, run_dir, driver["run_id"], facts, parent, driver["mark"])
 
 
-def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None) -> dict[str, Any]:
+def _start_from(config: RunConfig, run_dir: Path, digest: str) -> None:
+    """Put a run that has no checkpoint yet where `train.start_from` stands."""
+    from diptych.trainers.adoption import adopt
+    from diptych.trainers.checkpoint import newest_whole
+    from diptych.trainers.runfolder import RunFolder
+
+    own, donor = runs_folder.records_url(config, run_dir), config.train.start_from
+    if newest_whole(RunFolder(own)) is None:
+        run, separator, name = donor.partition("/checkpoints/")
+        donor = runs_folder.records(Path(run)) + separator + name if Path(run).is_dir() else donor
+        note(f"starting from {config.train.start_from}: {adopt(own, donor, config, digest)}")
+
+
+def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, trial: Trial | None) -> dict[str, Any]:
     from contextlib import nullcontext
 
     config = prepared.config
@@ -93,18 +112,25 @@ def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None) 
         ray_context.preflight_cluster(config)
         if tracker:
             tracker.log_environment(cluster_facts())
-        with _stopping(run_dir):
-            return _fit(prepared, run_dir)
+        with stopping(run_dir):
+            return _as_trial(_fit(prepared, run_dir, trial), run_dir, trial)
 
 
-def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+def _as_trial(result: dict[str, Any], run_dir: Path, trial: Trial | None) -> dict[str, Any]:
+    """A trial that stopped without being asked to has reached the end of its generation, or failed at a rung."""
+    if trial is None or result["status"] != "stopped" or (run_dir / "stop").exists():
+        return result
+    return result | {"status": "paused" if 0 < trial.until <= result["step"] else "pruned"}
+
+
+def _fit(prepared: Prepared, run_dir: Path, trial: Trial | None) -> dict[str, Any]:
     """Run Ray Train in a thread of its own, so that signals and the progress bar stay with us."""
     outcome = run_dir / "result.json"
     outcome.unlink(missing_ok=True)
     errors: list[BaseException] = []
-    thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, errors), name="ray-train", daemon=True)
+    thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, trial, errors), name="ray-train", daemon=True)
     thread.start()
-    with following(run_dir, prepared.config) as show:
+    with following(run_dir, prepared.config, f"{run_dir.name}: " if trial else "") as show:
         while thread.is_alive():
             thread.join(0.5)
             show()
@@ -120,7 +146,7 @@ def _fit(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) -> None:
+def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: list[BaseException]) -> None:
     # Relative paths in the configuration mean the driver's working folder, in the workers too.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(prepared.config.cluster.start_timeout_seconds))
@@ -132,12 +158,15 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
     from diptych.pipelines.session import payload_of, train_worker
 
     config, cluster = prepared.config, prepared.config.cluster
+    if trial is not None and config.workers == 1 and config.train.strategy == "ddp":
+        _fit_alone(prepared, run_dir, trial, errors)
+        return
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     backend = "nccl" if cluster.gpus_per_worker else "gloo"
     try:
         TorchTrainer(
             train_worker,
-            train_loop_config=payload_of(prepared, run_dir),
+            train_loop_config=payload_of(prepared, run_dir, trial),
             torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=config.workers if isinstance(config.workers, int) else (config.least_workers, config.most_workers),
@@ -153,6 +182,26 @@ def _fit_thread(prepared: Prepared, run_dir: Path, errors: list[BaseException]) 
                 failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.controller_failures),
             ),
         ).fit()
+    except BaseException as error:  # Handed to the main thread, which decides.
+        errors.append(error)
+
+
+def _fit_alone(prepared: Prepared, run_dir: Path, trial: Trial, errors: list[BaseException]) -> None:
+    """A trial of one worker as one Ray task: no process group, and workers that later trials find warm, where Ray Train takes 20 s to start."""
+    import ray
+
+    from diptych.pipelines.session import payload_of, train_alone
+
+    config, cluster = prepared.config, prepared.config.cluster
+    task = ray.remote(train_alone).options(
+        name=run_dir.name,
+        num_cpus=ray_context.required_cpus(config),
+        num_gpus=cluster.gpus_per_worker,
+        max_retries=cluster.max_failures,
+        retry_exceptions=True,
+    )
+    try:
+        ray.get(task.remote(payload_of(prepared, run_dir, trial)))
     except BaseException as error:  # Handed to the main thread, which decides.
         errors.append(error)
 
@@ -175,7 +224,7 @@ def _failure(run_dir: Path, config: RunConfig, error: BaseException) -> dict[str
 
 
 @contextmanager
-def _stopping(run_dir: Path) -> Iterator[None]:
+def stopping(run_dir: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the workers to checkpoint and stop; a second one ends the driver at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -74,11 +74,17 @@ def newest_attempt(folder: RunFolder) -> int:
 
 
 def record_attempt(
-    folder: RunFolder, world_size: int, resumed_from: str | None, number: int, passed_over: tuple[str, ...] = ()
+    folder: RunFolder,
+    world_size: int,
+    resumed_from: str | None,
+    number: int,
+    passed_over: tuple[str, ...] = (),
+    start_step: int | None = None,
 ) -> Attempt | None:
-    """Record attempt `number` exclusively; None if that number was taken meanwhile."""
+    """Record attempt `number` exclusively; None if that number was taken meanwhile. It starts where its checkpoint stands, or at `start_step`."""
     parsed = parse_checkpoint_name(resumed_from) if resumed_from else None
-    record = Attempt(number, time.time(), world_size, resumed_from, parsed[0] if parsed else 0, passed_over)
+    start = start_step if start_step is not None else parsed[0] if parsed else 0
+    record = Attempt(number, time.time(), world_size, resumed_from, start, passed_over)
     data = json.dumps(asdict(record)).encode()
     return record if folder.create(f"attempts/{number:04d}.json", data) else None
 
