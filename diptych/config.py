@@ -337,13 +337,46 @@ def build(cls: type[C], data: dict[str, Any], prefix: str = "") -> C:
 
 
 def apply_overrides(config: C, overrides: Iterable[str]) -> C:
-    """Return `config` with each `dotted.key=value` applied. Values are read as JSON where they parse, else as text."""
+    """Return `config` with each `dotted.key=value` applied. Values are read as JSON where they parse, else as text.
+
+    Values that are right only together (a model and its own tokenizer) are accepted in any order.
+    """
+    changes: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError("KEY=VALUE", override, "a dotted configuration key, '=', and a value", "Example: train.steps=200")
-        config = _set_text(config, key.strip(), text)
-    return config
+        changes[key.strip()] = text
+    changed = config
+    try:
+        for key, text in changes.items():
+            changed = _set_text(changed, key, text)
+    except ConfigError:
+        if len(changes) < 2:
+            raise
+        try:
+            return _set_together(config, {key: _parse(text) for key, text in changes.items()})
+        except (ConfigError, KeyError):
+            pass  # the first error names the value that was given, not what another one made of it
+        raise
+    return changed
+
+
+def _set_together(config: C, changes: dict[str, Any], prefix: str = "") -> C:
+    """`config` with all of `changes` made at once and then validated; raises `KeyError` for a key that is none."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        if name not in fields or isinstance(fields[name], Config) != bool(rest):
+            raise KeyError(key)
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            fields[name] = value
+    for name, parts in inner.items():
+        fields[name] = _set_together(fields[name], parts, f"{prefix}{name}.")
+    return build(type(config), fields, prefix.rstrip("."))
 
 
 def _set_text(config: C, key: str, text: str) -> C:
