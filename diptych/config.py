@@ -9,7 +9,9 @@ the remedy.
 from __future__ import annotations
 
 import abc
+import contextlib
 import difflib
+import functools
 import importlib
 import json
 import pkgutil
@@ -337,9 +339,9 @@ def build(cls: type[C], data: dict[str, Any], prefix: str = "") -> C:
 
 
 def apply_overrides(config: C, overrides: Iterable[str]) -> C:
-    """Return `config` with each `dotted.key=value` applied. Values are read as JSON where they parse, else as text.
+    """Return `config` with each `dotted.key=value` applied, or all at once where they are right only together.
 
-    Values that are right only together (a model and its own tokenizer) are accepted in any order.
+    Values are read as JSON where they parse, else as text.
     """
     changes: dict[str, str] = {}
     for override in overrides:
@@ -347,36 +349,21 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
         if not separator or not key.strip():
             raise ConfigError("KEY=VALUE", override, "a dotted configuration key, '=', and a value", "Example: train.steps=200")
         changes[key.strip()] = text
-    changed = config
     try:
-        for key, text in changes.items():
-            changed = _set_text(changed, key, text)
+        return functools.reduce(lambda changed, item: _set_text(changed, *item), changes.items(), config)
     except ConfigError:
-        if len(changes) < 2:
-            raise
-        try:
+        with contextlib.suppress(ConfigError, KeyError, AttributeError):
             return _set_together(config, {key: _parse(text) for key, text in changes.items()})
-        except (ConfigError, KeyError):
-            pass  # the first error names the value that was given, not what another one made of it
         raise
-    return changed
 
 
-def _set_together(config: C, changes: dict[str, Any], prefix: str = "") -> C:
-    """`config` with all of `changes` made at once and then validated; raises `KeyError` for a key that is none."""
+def _set_together(config: C, changes: dict[str, Any]) -> C:
+    """`config` with all of `changes` made at once, then validated: a model and its tokenizer are right only together."""
     fields = {name: getattr(config, name) for name in type(config).model_fields}
-    inner: dict[str, dict[str, Any]] = {}
-    for key, value in changes.items():
-        name, _, rest = key.partition(".")
-        if name not in fields or isinstance(fields[name], Config) != bool(rest):
-            raise KeyError(key)
-        if rest:
-            inner.setdefault(name, {})[rest] = value
-        else:
-            fields[name] = value
-    for name, parts in inner.items():
-        fields[name] = _set_together(fields[name], parts, f"{prefix}{name}.")
-    return build(type(config), fields, prefix.rstrip("."))
+    for name in {key.partition(".")[0] for key in changes}:
+        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.partition(".")[0] == name}
+        fields[name] = inner[""] if "" in inner else _set_together(fields[name], inner)
+    return build(type(config), fields)
 
 
 def _set_text(config: C, key: str, text: str) -> C:
