@@ -339,10 +339,7 @@ def build(cls: type[C], data: dict[str, Any], prefix: str = "") -> C:
 
 
 def apply_overrides(config: C, overrides: Iterable[str]) -> C:
-    """Return `config` with each `dotted.key=value` applied, or all at once where they are right only together.
-
-    Values are read as JSON where they parse, else as text.
-    """
+    """Return `config` with each `dotted.key=value` applied, all at once if need be. Values are read as JSON where they parse, else as text."""
     changes: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
