@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diptych.batches import Needs, TokenNeed
+from diptych.batches import Needs
 from diptych.config import ConfigError, RunConfig, set_path
 from diptych.pipelines.console import note, progress
 
