@@ -11,6 +11,7 @@ import struct
 from typing import NamedTuple
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = frozenset({0xC0, 0xC1})
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 # Within a scan FF stands only before 00 (a data byte FF), a restart marker, another FF, or the marker that ends the scan.
@@ -31,7 +32,7 @@ def read_header(data: bytes) -> JpegHeader:
     """The header of a whole JPEG. Raises `ValueError` if the bytes are no JPEG, or end before the end-of-image marker."""
     if data[:2] != b"\xff\xd8":
         raise ValueError("no JPEG: it does not start with FFD8")
-    position, orientation, frame = 2, 1, None
+    position, orientation, frame, kind = 2, 1, None, 0
     try:
         while True:
             marker, position = _marker(data, position)
@@ -41,13 +42,14 @@ def read_header(data: bytes) -> JpegHeader:
                 continue
             length = struct.unpack_from(">H", data, position)[0]
             if marker in _FRAMES and frame is None:
-                frame = struct.unpack_from(">HHB", data, position + 3)
+                frame, kind = struct.unpack_from(">HHB", data, position + 3), marker
             elif marker == _APP1 and data[position + 2 : position + 8] == b"Exif\0\0":
                 orientation = _orientation(data[position + 8 : position + length])
             elif marker == _START_OF_SCAN:
                 break
             position += length
-        _check_whole(data, position)
+        if not _is_one_whole_scan(data, position, kind, frame[2] if frame else 0):
+            _check_whole(data, position)
     except (struct.error, IndexError):
         raise ValueError(f"truncated JPEG: the {len(data)} bytes end inside its header") from None
     if frame is None or not frame[0] or not frame[1]:
@@ -62,6 +64,16 @@ def _marker(data: bytes, position: int) -> tuple[int, int]:
     while data[position] == 0xFF:
         position += 1
     return data[position], position + 1
+
+
+def _is_one_whole_scan(data: bytes, position: int, kind: int, components: int) -> bool:
+    """Whether the scan with its header at `position` is the only one and complete, as in nearly every picture, seen without a walk.
+
+    A sequential picture with all its components in one scan has nothing behind it but the end marker, and no cut can leave these two
+    bytes last, since coded data never contain them.
+    """
+    length, in_scan = struct.unpack_from(">HB", data, position)
+    return kind in _SEQUENTIAL and in_scan == components and len(data) - 2 >= position + length and data.endswith(b"\xff\xd9")
 
 
 def _check_whole(data: bytes, position: int) -> None:
