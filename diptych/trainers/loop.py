@@ -15,6 +15,7 @@ from diptych.trainers.guard import Guard
 from diptych.trainers.heartbeat import Heartbeat
 from diptych.trainers.objective import accumulate, loss_value
 from diptych.trainers.optim import learning_rate
+from diptych.trainers.precision import fast_attention
 from diptych.trainers.progress import Progress
 from diptych.trainers.recorder import Recorder
 from diptych.trainers.strategies import Strategy
@@ -74,7 +75,8 @@ def train(
     equally many on every worker. Raises `Diverged`, `FaultBudgetExceeded`, `Fenced`, `HungCollective`, or what the stream raises.
     """
     session = _Session(config, strategy, validation, recorder, callbacks or Callbacks())
-    with recorder, Heartbeat(strategy.world) as heartbeat:
+    attention = fast_attention(strategy.precision, strategy.task.attention_tokens)
+    with recorder, attention, Heartbeat(strategy.world) as heartbeat:
         status = session.status() or _steps(session, stream, heartbeat)
         recorder.close(session.progress.step)
     return session.result(status)

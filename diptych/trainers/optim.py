@@ -33,7 +33,9 @@ def adamw(task: Task, config: OptimConfig) -> torch.optim.AdamW:
     groups = task.parameter_groups(config.weight_decay)
     if not groups:
         raise ConfigError("task", f"{task.name} without trainable parameters", "at least one", "Nothing could be learned: unfreeze some.")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    # On a CPU torch would otherwise take a dozen small operations for each parameter: a fifth of the step of a small model.
+    fused = True if all(parameter.device.type == "cpu" for parameter in task.parameters()) else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -146,6 +146,11 @@ class Task(nn.Module, abc.ABC):
         """Floating-point operations of forward and backward for one sample, if known; the loop then logs MFU."""
         return None
 
+    @property
+    def attention_tokens(self) -> int | None:
+        """The longest sequence that its attention runs over, if known; which kernel is fastest depends on it."""
+        return None
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of the trainable parameters; gains, biases and scalars are not decayed."""
         decay: list[nn.Parameter] = []

@@ -96,3 +96,18 @@ def test_fp16_that_overflows_at_every_scale_ends_with_the_remedy(tmp_path: Path)
 
     with pytest.raises(Diverged, match="bf16"):
         train_in(tmp_path, config, stream=poisoned)
+
+
+def test_short_attention_in_bf16_on_a_cpu_takes_products_and_the_switch_goes_back() -> None:
+    from diptych.trainers.precision import SHORT_ATTENTION, Precision, fast_attention
+
+    def kernels(precision: str, tokens: int | None) -> set[str]:
+        query = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+        with fast_attention(Precision(precision, "", "cpu"), tokens), torch.profiler.profile() as profiler:
+            torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+        return {event.name for event in profiler.events() if "attention" in event.name}
+
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert fused not in kernels("bf16", 17)
+    for precision, tokens in (("fp32", 17), ("bf16", SHORT_ATTENTION + 1), ("bf16", None)):
+        assert fused in kernels(precision, tokens)

@@ -63,6 +63,11 @@ class ClipVitTask(Task):
         block = 2 * weights * tokens + 4 * tokens * tokens * width
         return float(block * (len(blocks) + 2 * (len(blocks) - self.config.unfreeze_from)))
 
+    @property
+    def attention_tokens(self) -> int | None:
+        """Patches and the class token."""
+        return self.tower.tokens()
+
     def validate(self, batch: Batch) -> Validation:
         """The loss, and both embeddings of each sample."""
         prediction = self.predict(batch["image"])

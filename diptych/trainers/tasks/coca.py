@@ -130,6 +130,12 @@ class CocaTask(Task):
         """Of the three towers; None where one of them is not open_clip's own."""
         return self._flops
 
+    @property
+    def attention_tokens(self) -> int | None:
+        """Patches or words, whichever are more; None where the image tower is not open_clip's own."""
+        visual = self.model.visual
+        return max(visual.positional_embedding.shape[0], self.config.context_length + 1) if isinstance(visual, VisionTransformer) else None
+
     def _count_flops(self) -> float | None:
         visual, text, length = self.model.visual, self.model.text, self.config.context_length
         if not isinstance(visual, VisionTransformer) or not isinstance(text, TextTransformer):

@@ -128,6 +128,11 @@ class GPT2Task(Task):
             if weight > 0
         ]
 
+    @property
+    def attention_tokens(self) -> int | None:
+        """Tokens of a row."""
+        return self.config.length
+
     def example_batch(self, batch_size: int, seed: int = 0) -> Batch:
         """Random tokens, prompts of unequal lengths."""
         generator = torch.Generator().manual_seed(seed)
