@@ -59,14 +59,14 @@ def start_driver(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish_driver(process: subprocess.Popen[str], timeout: float = 300) -> dict[str, object]:
+def finish_driver(process: subprocess.Popen[str], timeout: float = 900) -> dict[str, object]:
     """Wait for a driver to end well; its JSON result."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output[-6000:]
     return json.loads(output.strip().splitlines()[-1])
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 600) -> None:
     """Poll until `condition` holds; fails if the driver ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

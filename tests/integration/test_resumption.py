@@ -26,6 +26,8 @@ from support_runs import (
 )
 
 STEPS = 60
+# Up to four starts of Ray in one test, minutes each where the cores are busy with something else.
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_killed_worker(shards: Path, references: dict[int, Path], tmp_path: Pa
     run_dir = tmp_path / "runs" / "killed"
     wait_for(lambda: logged_step(run_dir) >= 20, None)
     train_workers()[-1].kill()
-    thread.join(240)
+    thread.join(900)
     assert results, "the run did not end"
     assert results[0]["status"] == "finished"
     assert len(list((run_dir / "attempts").iterdir())) == 2
@@ -115,7 +117,7 @@ def test_a_killed_driver_or_ray(shards: Path, references: dict[int, Path], tmp_p
         first.kill()
     else:
         kill_tree(first, with_driver=what == "everything")
-    first.communicate(timeout=120)
+    first.communicate(timeout=300)
     assert first.returncode != 0
     second = finish_driver(start_driver(arguments, tmp_path))
     assert (second["status"], second["step"]) == ("finished", STEPS)
