@@ -24,6 +24,7 @@ ARGS_sd_steps = runs/bench-sd_steps
 ARGS_sd_lora = runs/bench-pictures_sd
 ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
 SIZES ?= clip
+ARGS_embed = ../shared/data/pomological
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-all lint format bench docs pins clean

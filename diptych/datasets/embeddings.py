@@ -18,6 +18,7 @@ import pyarrow as pa
 from diptych.config import ConfigError
 from diptych.datasets import folders, storage
 from diptych.datasets.manifest import Manifest
+from diptych.datasets.member_embeddings import is_members, join_members
 from diptych.datasets.partitions import MISSING, Joined, Kind, Lookup, join_partitions, open_all
 from diptych.datasets.reorder_index import index_width, parse_places
 
@@ -56,12 +57,15 @@ def check_vectors(vectors: np.ndarray, missing: np.ndarray, which: str) -> list[
 
 
 def join(manifest: Manifest, folder: str, which: Sequence[str] = ("image", "text")) -> EmbeddingJoin:
-    """Join `manifest` with clip-retrieval's layout or DALLE2-pytorch's reordered one, whichever `folder` holds.
+    """Join `manifest` with clip-retrieval's layout or DALLE2-pytorch's reordered one, whichever `folder` holds, or `members` of the tars.
 
     Raises `ConfigError` where the folder holds neither, lacks a modality, mixes dimensions, or shares no key with the data.
     """
-    joined = EmbeddingJoin(storage.absolute(folder), {})
-    if folders.list_files(storage.join(joined.folder, "metadata"), ".parquet"):
+    inside = is_members(folder)
+    joined = EmbeddingJoin(folder if inside else storage.absolute(folder), {})
+    if inside:
+        join_members(joined, manifest, folder, which, KIND)
+    elif folders.list_files(storage.join(joined.folder, "metadata"), ".parquet"):
         join_partitions(joined, manifest, {name: PREFIXES[name] for name in which}, KIND)
     else:
         _join_reordered(joined, manifest, which)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import io
 import math
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,6 +85,17 @@ def decode_image(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
     except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, cv2.error, … on damaged bytes.
         raise BadImageError(f"undecodable image ({type(error).__name__}: {error})") from None
     return pixels[:, ::-1] if drawn[0] < need.flip else pixels
+
+
+def decode_variants(data: bytes, need: ImageNeed, seed: int, row: int, crops: int, flips: bool, decoder: Decoder = "pil") -> np.ndarray:
+    """uint8 [variants, size, size, 3] of one picture: `crops` of them, each followed by its mirror image if `flips`.
+
+    Crop c of manifest row `row` is a function of (seed, row, c) alone. Raises `BadImageError`.
+    """
+    drawn = image_draws(seed, row * crops + np.arange(crops))
+    upright = replace(need, flip=0.0)
+    made = [decode_image(data, upright, drawn[crop], decoder) for crop in range(crops)]
+    return np.stack([variant for pixels in made for variant in ((pixels, pixels[:, ::-1]) if flips else (pixels,))])
 
 
 def crop_box(width: int, height: int, need: ImageNeed, drawn: np.ndarray) -> Box:

@@ -56,7 +56,9 @@ class Lookup:
     file: np.ndarray
     """int32 [N]: index into `files`; -1 = this sample has no row."""
     row: np.ndarray
-    """int64 [N]: row in that file."""
+    """int64 [N]: row in that file; where each row has its own header, the byte at which that begins."""
+    header: bytes = b""
+    """What each row begins with, where each is an array of its own."""
 
     @property
     def dim(self) -> int:
@@ -74,11 +76,15 @@ class Lookup:
         for number in np.unique(places[places != MISSING]).tolist():
             chosen = np.flatnonzero(places == number)
             found = self.files[number]
-            offsets = (found.offset + inside[chosen] * found.row_bytes + starts[chosen] * found.dtype.itemsize).tolist()
-            pieces = ranged.read_ranges(found.url, [(offset, width * found.dtype.itemsize) for offset in offsets], retries=retries)
+            unit = 1 if self.header else found.row_bytes
+            offsets = (found.offset + inside[chosen] * unit + starts[chosen] * found.dtype.itemsize).tolist()
+            length = len(self.header) + width * found.dtype.itemsize
+            pieces = ranged.read_ranges(found.url, [(offset, length) for offset in offsets], retries=retries)
+            strange = [not piece.startswith(self.header) for piece in pieces]
             # An overflow to infinity is found by whoever checks the rows, like any other.
             with np.errstate(over="ignore"):
-                out[chosen] = np.frombuffer(b"".join(pieces), found.dtype).reshape(len(chosen), width)
+                out[chosen] = np.frombuffer(b"".join(piece[len(self.header) :] for piece in pieces), found.dtype).reshape(-1, width)
+            out[chosen[strange]] = np.nan
         return out
 
 
@@ -125,6 +131,7 @@ class Joined:
         """Write the join as memory-mappable arrays; `load` opens it again."""
         folder.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = {"folder": self.folder, "matched": self.matched, "counts": self.counts, "about": self.about, "lookups": {}}
+        about["headers"] = {which: lookup.header.hex() for which, lookup in self.lookups.items()}
         for which, lookup in self.lookups.items():
             np.save(folder / f"{which}_file.npy", lookup.file)
             np.save(folder / f"{which}_row.npy", lookup.row)
@@ -139,8 +146,8 @@ class Joined:
         lookups = {}
         for which, files in about["lookups"].items():
             opened = [NpyFile(url, rows, tuple(shape), np.dtype(dtype), offset) for url, rows, shape, dtype, offset in files]
-            arrays = [np.load(folder / f"{which}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("file", "row")]
-            lookups[which] = Lookup(opened, *arrays)
+            file, row = (np.load(folder / f"{which}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("file", "row"))
+            lookups[which] = Lookup(opened, file, row, bytes.fromhex(about["headers"][which]))
         return cls(about["folder"], lookups, about["matched"], about["counts"], saved=str(folder.absolute()), about=about["about"])
 
 

@@ -1,17 +1,18 @@
-"""What an embedding actor does: read a partition's samples, decode them in threads, run the model, write the partition.
+"""What an actor does: read a partition's samples, make them ready in threads, run the model, write the partition.
 
-Two partitions are in flight in each actor, and batches are decoded ahead of the model, so that the device does not wait
-at their seams. A sample that cannot be embedded is a fault with its shard and key; every other one has its row.
+`embed` and `cache` differ only in their `Work`: what is read of a sample, and what the model makes of it. Two partitions
+are in flight in each actor, and batches are decoded ahead of the model, so that the device does not wait at their seams. A sample that nothing can be made of is a fault with its shard and key; every other one has its row.
 """
 
 from __future__ import annotations
 
+import abc
 import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,11 +26,71 @@ from diptych.datasets.manifest import Manifest
 from diptych.datasets.survey import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
-    from diptych.trainers.clip_embedder import ModelName
+    from diptych.trainers.clip_embedder import Embedder, ModelName
 
 PARTITIONS_IN_FLIGHT = 2
 _BATCHES_AHEAD = 2
 """Decoded batches that wait for the model, beside the one of each decoding thread."""
+
+
+class Work(abc.ABC):
+    """A model and what it is fed. Small and picklable until `load`, which each actor calls once."""
+
+    reads: tuple[str, ...]
+    """Members of a sample: `image`, `text`. Samples without one are faults."""
+
+    @abc.abstractmethod
+    def load(self, device: str) -> None:
+        """Load the model and see that it runs. Raises `ConfigError`."""
+
+    @abc.abstractmethod
+    def ready(self, data: bytes, row: int) -> np.ndarray:
+        """uint8, the same shape for all: an encoded picture of manifest row `row` made ready. Raises what decoding raises."""
+
+    @abc.abstractmethod
+    def encode(self, pixels: np.ndarray | None, captions: list[str]) -> dict[str, np.ndarray]:
+        """float [B, …] by array of the layout, of B ≥ 1 samples."""
+
+    @abc.abstractmethod
+    def empty(self) -> dict[str, np.ndarray]:
+        """float [0, …] by array: what a partition without a good sample holds."""
+
+
+@dataclass
+class EmbedWork(Work):
+    """Embeddings of both modalities, or of one."""
+
+    model: ModelName
+    reads: tuple[str, ...]
+    precision: str
+    _embedder: Embedder | None = None
+    _dims: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The loaded model."""
+        assert self._embedder is not None, "load comes first"
+        return self._embedder
+
+    def load(self, device: str) -> None:
+        """See `Work.load`."""
+        from diptych.trainers.clip_embedder import Embedder
+
+        self._embedder = Embedder(self.model, device, self.precision)
+        self._dims = self._embedder.warm_up(self.reads)
+
+    def ready(self, data: bytes, row: int) -> np.ndarray:
+        """uint8 [S, S, 3] as the model's library makes it."""
+        return self.embedder.pixels(open_picture(data))
+
+    def encode(self, pixels: np.ndarray | None, captions: list[str]) -> dict[str, np.ndarray]:
+        """float32 [B, D] by modality."""
+        vectors = {"image": self.embedder.images(pixels)} if pixels is not None else {}
+        return vectors | ({"text": self.embedder.texts(captions)} if "text" in self.reads else {})
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """See `Work.empty`."""
+        return {name: np.zeros((0, dim), np.float32) for name, dim in self._dims.items()}
 
 
 @dataclass(frozen=True)
@@ -39,13 +100,16 @@ class EmbedSpec:
     manifest: Manifest
     selection: Selection
     layout: Layout
-    model: ModelName
-    modalities: tuple[str, ...]
+    work: Work
     batch_size: int
-    precision: str
     device: str
     threads: int
     """Threads of an actor, for decoding and for the model each."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole output."""
+        return self.layout.samples
 
 
 class Batch(NamedTuple):
@@ -57,7 +121,7 @@ class Batch(NamedTuple):
     shards: list[str]
     captions: list[str | None]
     pixels: np.ndarray | None
-    """uint8 [B, S, S, 3]"""
+    """uint8 [B, …], as `Work.ready` made them."""
     faults: list[Fault]
 
 
@@ -67,13 +131,10 @@ class EmbedWorker:
     def __init__(self, spec: EmbedSpec) -> None:
         import torch
 
-        from diptych.trainers.clip_embedder import Embedder
-
         if spec.device == "cpu":
             torch.set_num_threads(spec.threads)
-        self.spec = spec
-        self.embedder = Embedder(spec.model, spec.device, spec.precision)
-        self.dims = self.embedder.warm_up(spec.modalities)
+        self.spec, self.work = spec, spec.work
+        self.work.load(spec.device)
         self.pool = ThreadPoolExecutor(spec.threads)
         self.turn = threading.Lock()
 
@@ -81,33 +142,35 @@ class EmbedWorker:
         """Embed and write the partition `task["partition"]`; a row of Ray Data in and out."""
         partition = int(task["partition"])
         start, stop = self.spec.layout.span(partition)
-        found: dict[str, list[np.ndarray]] = {name: [] for name in self.spec.modalities}
+        found = {name: [_to_half(nothing)] for name, nothing in self.work.empty().items()}
         columns: dict[str, list[str | None]] = {"image_path": [], "caption": [], "shard": []}
         faults: list[Fault] = []
         for batch, vectors in self.embed(self.spec.selection[np.arange(start, stop)]):
+            halves = {name: _to_half(values) for name, values in vectors.items()}
+            finite = np.ones(len(batch.rows), bool)
+            for values in halves.values():
+                finite &= np.isfinite(values.reshape(len(values), -1)).all(axis=1)
             faults += batch.faults
-            columns["image_path"] += batch.keys
-            columns["caption"] += batch.captions
-            columns["shard"] += batch.shards
-            for name, values in vectors.items():
-                found[name].append(values)
+            for index in np.flatnonzero(~finite).tolist():
+                faults.append(
+                    Fault(batch.shards[index], batch.keys[index], "not_finite", "the model's output holds NaN or infinity in float16")
+                )
+            for name, column in (("image_path", batch.keys), ("caption", batch.captions), ("shard", batch.shards)):
+                columns[name] += [value for value, good in zip(column, finite, strict=True) if good]
+            for name, values in halves.items():
+                found[name].append(values[finite])
         stacked = {name: np.concatenate(parts) for name, parts in found.items()}
         self.spec.layout.write(partition, stacked, columns, faults)
         return {"partition": partition}
 
     def embed(self, rows: np.ndarray) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """Batches of manifest `rows` with float32 [B, D] of each modality, in order."""
+        """Batches of manifest `rows` with float32 [B, …] of each array, in order."""
         size = self.spec.batch_size
         pieces = [rows[first : first + size] for first in range(0, len(rows), size)]
         for batch in self._ahead(pieces):
             with self.turn:
-                vectors = {}
-                if not len(batch.rows):
-                    vectors = {name: np.zeros((0, dim), np.float32) for name, dim in self.dims.items()}
-                elif batch.pixels is not None:
-                    vectors["image"] = self.embedder.images(batch.pixels)
-                if len(batch.rows) and "text" in self.spec.modalities:
-                    vectors["text"] = self.embedder.texts([caption or "" for caption in batch.captions])
+                captions = [caption or "" for caption in batch.captions]
+                vectors = self.work.encode(batch.pixels, captions) if len(batch.rows) else self.work.empty()
             yield batch, vectors
 
     def _ahead(self, pieces: Iterable[np.ndarray]) -> Iterator[Batch]:
@@ -129,21 +192,21 @@ class EmbedWorker:
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         shards = [manifest.shard_names[number] for number in manifest.shard_of(rows).tolist()]
         bad: dict[int, tuple[str, str]] = {}
-        if "text" in self.spec.modalities:
+        if "text" in self.work.reads:
             bad |= {index: ("missing_member", "no caption") for index, caption in enumerate(captions) if caption is None}
         pixels: dict[int, np.ndarray] = {}
-        if "image" in self.spec.modalities:
+        if "image" in self.work.reads:
             for index, data in enumerate(_encoded_images(manifest, rows)):
                 if data is None or not data:
                     bad.setdefault(index, ("missing_member", "no image") if data is None else ("empty_member", "its image has no bytes"))
                 elif index not in bad:
                     try:
-                        pixels[index] = self.embedder.pixels(open_picture(data))
+                        pixels[index] = self.work.ready(data, int(rows[index]))
                     except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
                         bad[index] = ("undecodable_image", f"{type(error).__name__}: {error}")
         good = [index for index in range(len(rows)) if index not in bad]
         stacked = None
-        if "image" in self.spec.modalities:
+        if "image" in self.work.reads:
             stacked = np.stack([pixels[index] for index in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
         return Batch(
             rows[good],
@@ -153,6 +216,12 @@ class EmbedWorker:
             stacked,
             [Fault(shards[index], keys[index], *bad[index]) for index in sorted(bad)],
         )
+
+
+def _to_half(values: np.ndarray) -> np.ndarray:
+    """As it will be stored; what is too large becomes infinity, which is looked for."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)
 
 
 def _encoded_images(manifest: Manifest, rows: np.ndarray) -> list[bytes | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,36 @@ def test_clip_retrievals_scrambled_partitions_join_completely(tmp_path: Path) ->
     real = build_manifest(str(POMOLOGICAL / "shards"), str(tmp_path))
     joined = join(real, str(POMOLOGICAL / "embeddings"))
     assert (joined.matched, joined.counts, joined.dim("image"), joined.dim("text")) == (7501, {}, 64, 64)
+
+
+def test_embeddings_inside_the_tars_are_read_like_any_other(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float16)
+
+    def member(array: np.ndarray) -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, array)
+        return stream.getvalue()
+
+    rows = [{"txt": f"{number}", "npy": member(vectors[number])} for number in range(9)]
+    rows[2]["npy"] = member(np.array([{"a": 1}], dtype=object))
+    rows[4]["npy"] = member(vectors[4].view(np.int16))  # as long as the others, and no floats
+    rows[6]["npy"] = member(np.full(6, np.nan, np.float16))
+    del rows[7]["npy"]
+    ShardWriter(str(tmp_path / "shards"), 4).write_all(rows)
+    manifest = build_manifest(str(tmp_path / "shards"))
+    joined = join(manifest, "members", ("image",))
+    assert (joined.dim("image"), joined.matched) == (6, 7)
+    assert joined.counts == {"unreadable_embedding": 1, "missing_embedding": 2}
+    joined.save(tmp_path / "join")
+    found, bad = EmbeddingJoin.load(tmp_path / "join").read(np.arange(9), "image")
+    good = [0, 1, 3, 5, 8]
+    np.testing.assert_array_equal(found[good], vectors[good].astype(np.float32))
+    kinds = {2: "missing_embedding", 4: "nan_embedding", 6: "nan_embedding", 7: "missing_embedding"}
+    assert {index: kind for index, kind, _ in bad} == kinds
+    assert join(manifest, "members:image=npy", ("image",)).matched == 7
+    with pytest.raises(ConfigError, match="members with the text embeddings"):
+        join(manifest, "members", ("text",))
+    with pytest.raises(ConfigError, match="float vectors"):
+        join(manifest, "members:text=txt", ("text",))
+    with pytest.raises(ConfigError, match="image=EXT"):
+        join(manifest, "members:npy", ("image",))

@@ -20,9 +20,10 @@ from torch import Tensor
 from diptych.config import ConfigError
 from diptych.recipes.stable_diffusion import StableDiffusionConfig
 from diptych.trainers import randomness
+from diptych.trainers.latent_encoder import encode_posterior, encode_states
 from diptych.trainers.sd_export import export_parts, usage
 from diptych.trainers.sd_lora import add_adapters
-from diptych.trainers.sd_model import build_parts, freeze_but, pixels, vae_factor, vae_terms
+from diptych.trainers.sd_model import build_parts, freeze_but, vae_factor, vae_terms
 from diptych.trainers.sd_show import show_pictures, show_reconstructions
 from diptych.trainers.task import Batch, Output, Table, Task, Term, synthetic_rows
 from diptych.vocabulary import Vocabulary, load_vocabulary
@@ -128,7 +129,7 @@ class StableDiffusionTask(Task):
         if "latent_mean" in batch:
             mean, log_variance = batch["latent_mean"].float(), batch["latent_logvar"].float()
         else:
-            posterior = self.parts.vae.encode(pixels(batch["image"])).latent_dist
+            posterior = encode_posterior(self.parts.vae, batch["image"])
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         deviation = torch.exp(0.5 * log_variance.clamp(_SMALLEST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE))
         return (mean + deviation * batch["posterior_noise"]) * self.parts.vae.config.scaling_factor
@@ -153,7 +154,7 @@ class StableDiffusionTask(Task):
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """States `[B, L, D]` of token ids `[B, L]`; as Stable Diffusion does, padding is not masked."""
-        return self.parts.text_encoder(tokens, return_dict=False)[0]
+        return encode_states(self.parts.text_encoder, tokens)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """States `[B, L, D]` of texts. One that is too long is cut, and the log says so."""

@@ -1,0 +1,148 @@
+"""Images per second of `embed`, beside clip-retrieval on the same tars and cores, and beside the bare forward pass.
+
+    .venv/bin/python benchmarks/embed.py ../shared/data/pomological
+
+Two comparisons, sides in turn, medians of `--repeat`:
+
+* peer: `diptych embed` and clip-retrieval 2.45, each as a process of its own from start to end, both modalities, the same
+  open_clip model (FOLDER/tiny_clip), tars (FOLDER/shards), batch size and cores. clip-retrieval runs in fp32 with two loader workers, the most that
+  helped; `embed` as it ships. What both wrote is compared by key.
+* forward: one actor's work on ViT-B/32 with random weights (reading, decoding, resizing, forward) against the same model on ready pixels,
+  in the same process, precision and threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PEER = """import json, sys, open_clip
+call = json.load(open(sys.argv[1]))
+open_clip.add_model_config(call.pop("config_file"))
+from clip_retrieval.clip_inference.main import main
+main(**call)
+"""
+
+
+def embed_ours(source: Path, out: Path, batch: int) -> None:
+    """`diptych embed` from the command line."""
+    command = [sys.executable, "-m", "diptych.pipelines.embed", str(source / "shards"), str(out), "--model", str(source / "tiny_clip")]
+    subprocess.run([*command, "--batch-size", str(batch)], check=True, capture_output=True)
+
+
+def embed_peer(source: Path, out: Path, batch: int) -> None:
+    """clip-retrieval's own `main`, on the same tars."""
+    out.mkdir(parents=True)
+    weights = next((source / "tiny_clip").glob("*.safetensors"))
+    tars = sorted((source / "shards").glob("*.tar"))
+    call = {
+        "config_file": str(weights.with_suffix(".json")), "clip_model": f"open_clip:{weights.stem}/{weights}", "input_format": "webdataset",
+        "input_dataset": f"{source / 'shards'}/{{{tars[0].stem}..{tars[-1].stem}}}.tar", "output_folder": str(out), "batch_size": batch,
+        "num_prepro_workers": 2, "enable_metadata": False, "wds_number_file_per_input_file": 1000,
+    }  # fmt: skip
+    (out / "call.json").write_text(json.dumps(call))
+    subprocess.run([sys.executable, "-c", _PEER, str(out / "call.json")], check=True, capture_output=True)
+
+
+def compare(source: Path, work: Path, batch: int, repeat: int) -> dict[str, Any]:
+    """Seconds of each side, their ratio, and how far their embeddings are apart."""
+    from diptych.datasets.embeddings import join
+    from diptych.datasets.manifest import open_manifest
+
+    manifest = open_manifest(str(source / "shards"), str(work / "manifest"))
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for turn in range(repeat):
+        for side, run in (("ours", embed_ours), ("peer", embed_peer)):
+            out = work / side
+            shutil.rmtree(out, ignore_errors=True)
+            started = time.perf_counter()
+            run(source, out, batch)
+            seconds[side].append(time.perf_counter() - started)
+            print(f"{side:>5} turn {turn}: {seconds[side][-1]:.1f} s, {manifest.samples / seconds[side][-1]:.1f} images/s", flush=True)
+    ours, peer = (join(manifest, str(work / side)) for side in ("ours", "peer"))
+    rows = np.arange(manifest.samples)
+    cosines = [float((ours.read(rows, name)[0] * peer.read(rows, name)[0]).sum(axis=1).min()) for name in ("image", "text")]
+    median = {side: statistics.median(found) for side, found in seconds.items()}
+    return {
+        "samples": manifest.samples, "seconds": median, "images_per_second": {side: manifest.samples / value for side, value in median.items()},
+        "ratio": median["peer"] / median["ours"], "joined": [ours.matched, peer.matched], "lowest_cosine": dict(zip(("image", "text"), cosines, strict=True)),
+    }  # fmt: skip
+
+
+def save_vit(folder: Path) -> str:
+    """ViT-B/32 with random weights, as a folder that `embed` takes."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "fresh-b32.safetensors")
+    (folder / "fresh-b32.json").write_text(json.dumps(open_clip.get_model_config("ViT-B-32")))
+    return str(folder)
+
+
+def forward(source: Path, work: Path, batch: int, count: int, threads: int, repeat: int) -> dict[str, Any]:
+    """Images per second of an actor on `count` pictures and of the bare model on as many ready ones."""
+    from diptych.pipelines import embed
+    from diptych.pipelines.embed_worker import EmbedWork, EmbedWorker
+
+    options = embed.EmbedOptions(
+        model=save_vit(work / "vit"), modality="image", batch_size=batch, cpus_per_actor=threads, manifest=str(work / "manifest")
+    )
+    worker = EmbedWorker(embed.prepare(str(source / "shards"), str(work / "vit-out"), options))
+    assert isinstance(worker.work, EmbedWork)
+    rows = np.arange(count)
+    ready = [found.pixels for found in worker._ahead([rows[first : first + batch] for first in range(0, count, batch)])]
+    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for turn in range(repeat + 1):
+        started = time.perf_counter()
+        for pixels in ready:
+            assert pixels is not None
+            worker.work.embedder.images(pixels)
+        between = time.perf_counter()
+        done = sum(len(found.rows) for found, _ in worker.embed(rows))
+        assert done == count, f"{count - done} pictures could not be read"
+        if turn:  # the first one warms up
+            seconds["bare"].append(between - started)
+            seconds["ours"].append(time.perf_counter() - between)
+    rates = {side: count / statistics.median(found) for side, found in seconds.items()}
+    precision = worker.work.embedder.precision.name
+    return {"images_per_second": rates, "ratio": rates["ours"] / rates["bare"], "precision": precision, "threads": threads, "batch": batch}
+
+
+def main() -> None:
+    """Measure both, print a line each and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder with shards/ and tiny_clip/")
+    parser.add_argument("--only", choices=["peer", "forward"], nargs="+", default=["peer", "forward"])
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--count", type=int, default=1024, help="pictures of the forward comparison")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-embed"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    if "peer" in arguments.only:
+        results["peer"] = compare(arguments.source.resolve(), arguments.work.resolve(), arguments.batch, arguments.repeat)
+        print(f"ours / peer: {results['peer']['ratio']:.2f}", flush=True)
+    if "forward" in arguments.only:
+        batch = min(arguments.batch, 64)
+        results["forward"] = forward(arguments.source, arguments.work, batch, arguments.count, arguments.threads, arguments.repeat)
+        print(f"ours / bare forward: {results['forward']['ratio']:.2f}", flush=True)
+    print(json.dumps({"benchmark": "embed", **results}))
+
+
+if __name__ == "__main__":
+    main()
