@@ -19,11 +19,13 @@ from diptych.pipelines import runs_folder, train
 from diptych.pipelines.console import note
 from diptych.pipelines.prepare import Inputs
 from diptych.pipelines.sweep_population import next_generation
-from diptych.pipelines.sweep_record import ENDED, Definition, SweepFolder, TrialRecord, best_of, ranked, values_of
+from diptych.pipelines.sweep_record import ENDED, Definition, SweepFolder, TrialRecord, best_of, values_of
 from diptych.pipelines.sweep_search import Halving, OptunaSuggestions, rungs_of
 from diptych.pipelines.trial import Trial, verdict_file, write_verdict
 
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS, _REMOTE_LOOK_SECONDS = 0.2, 10.0
+"""Between looks into the trials' metrics; a listing of an object store costs money."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Sweep:
         self._began: dict[str, int] = {}
         self._outcomes: queue.Queue[tuple[TrialRecord, dict[str, Any]]] = queue.Queue()
         self._since = time.monotonic()
+        self._look_at = 0.0
         space = definition.space
         steps = max(definition.config_of(trial.parameters).train.steps for trial in folder.trials) if folder.trials else 0
         rungs = rungs_of(definition.interval, space.reduction, steps) if space.method == "asha" else ()
@@ -71,8 +74,10 @@ class Sweep:
         """Run trials until all have ended or the budget is spent."""
         while True:
             self._collect()
-            self._judge()
-            self._close_if_over()
+            if self._due():
+                self._judge()
+                self._close_if_over()
+            self._touch_stops()
             self._turn()
             while not self.reason and len(self._began) < self.places and (trial := self._next()):
                 self._start(trial)
@@ -147,6 +152,7 @@ class Sweep:
         )
         trial.status = "running"
         self.folder.save()
+        note(f"{trial.name} starts{f' at step {reached}' if reached else ''} · {_words(trial)}")
         if rungs:
             for report in self.folder.reports():
                 if report["trial"] == trial.name:
@@ -180,8 +186,7 @@ class Sweep:
         if self._optuna is not None and trial.status in ENDED:
             self._optuna.ended(trial.name, trial.value if trial.status not in ("failed", "refused") else None)
         last = f" · {self.definition.metric} {trial.last:.5g}" if trial.last is not None else ""
-        text = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.parameters.items())
-        note(f"{trial.name} {trial.status} at step {trial.step}{last} · {text}" + (f" · {trial.error}" if trial.error else ""))
+        note(f"{trial.name} {trial.status} at step {trial.step}{last} · {_words(trial)}" + (f" · {trial.error}" if trial.error else ""))
         self.on_change(trial)
 
     def _note_values(self, trial: TrialRecord) -> None:
@@ -193,17 +198,25 @@ class Sweep:
         run_dir = self.folder.run_dir(trial.name)
         trial.step = int(runs_folder.latest_state(run_dir).get("step", 0)) if run_dir.is_dir() else 0
 
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + (_REMOTE_LOOK_SECONDS if "://" in self.definition.base.checkpoint.storage else _LOOK_SECONDS)
+        return True
+
     def _close_if_over(self) -> None:
         if not self.reason:
             self.reason = self._over()
             if self.reason:
                 note(f"{self.reason}: running trials write a checkpoint and stop")
-        if self.reason:
-            for name in self._began:
-                # Again and again: a trial that is just starting removes what an earlier stop left.
-                run_dir = self.folder.run_dir(name)
-                if run_dir.is_dir():
-                    (run_dir / "stop").touch()
+
+    def _touch_stops(self) -> None:
+        """Again and again: a trial that is just starting removes what an earlier stop left."""
+        for name in self._began if self.reason else ():
+            run_dir = self.folder.run_dir(name)
+            if run_dir.is_dir():
+                (run_dir / "stop").touch()
 
     def _over(self) -> str:
         if (self.folder.path / "stop").exists():
@@ -280,9 +293,9 @@ class Sweep:
         trial.status, trial.donor = "waiting", ""
         self.folder.save()
 
-    def best(self) -> TrialRecord | None:
-        """The trial with the best value."""
-        return next(iter(ranked(self.folder.trials, self.definition.mode)), None)
+
+def _words(trial: TrialRecord) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.parameters.items())
 
 
 def _short(value: Any) -> str:

@@ -9,10 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from diptych.config import ConfigError
 from diptych.tune_spaces import Domain, Space
+
+
+def check_installed(space: Space) -> None:
+    """`ConfigError` where the method needs what is not installed."""
+    if space.method == "optuna" and find_spec("optuna") is None:
+        raise ConfigError("--method", "optuna", "a method that is installed", "`make install EXTRAS=cpu,dev,optuna` adds it.")
 
 
 def first_trials(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
@@ -59,10 +66,7 @@ class OptunaSuggestions:
 
     def __init__(self, space: Space, metric: str, mode: str, seed: int, known: Iterable[tuple[dict[str, Any], float | None]]) -> None:
         """`known`: parameters and value of trials that an earlier driver ended; None = failed."""
-        try:
-            import optuna
-        except ImportError:
-            raise ConfigError("method", "optuna", "a method that is installed", "`make install EXTRAS=cpu,dev,optuna` adds it.") from None
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -22,7 +22,7 @@ from diptych.pipelines.prepare import Inputs, prepare
 from diptych.pipelines.sweep import Budget, Sweep
 from diptych.pipelines.sweep_record import Definition, SweepFolder, TrialRecord, ranked
 from diptych.pipelines.sweep_resources import cluster_places, demand, local_places
-from diptych.pipelines.sweep_search import first_trials, grid_size
+from diptych.pipelines.sweep_search import check_installed, first_trials, grid_size
 from diptych.redaction import without_credentials, without_secrets
 from diptych.tune_spaces import METHODS, Domain, Space, combined, load_space, parse_vary, spaces_of
 
@@ -49,6 +49,7 @@ def define(
     name = base.name or f"tune-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = set_path(base, "name", name)
     found.check(base)
+    check_installed(found)
     return _aligned(found, base, name)
 
 
