@@ -101,8 +101,7 @@ class Sweep:
             known = runs_folder.read_driver(self.folder.run_dir(trial.name))
             trial.run_id = known.get("run_id", trial.run_id)
             trial.status = known["status"] if trial.status == "running" and known.get("status") in {*ENDED, "paused"} else "waiting"
-            if trial.status != "waiting":
-                self._note_values(trial)
+            self._note_values(trial)
         for report in self.folder.reports() if self._halving else []:
             assert self._halving is not None
             self._halving.reached(report["trial"], report["step"], report["value"])
@@ -177,11 +176,11 @@ class Sweep:
             self._ended(*self._outcomes.get())
 
     def _ended(self, trial: TrialRecord, result: dict[str, Any]) -> None:
-        began = self._began.pop(trial.name, 0)
+        began = self._began.pop(trial.name, trial.step)
         trial.status, trial.error = result["status"], result.get("error", "")
         trial.run_id = result.get("run_id", "") or runs_folder.read_driver(self.folder.run_dir(trial.name)).get("run_id", trial.run_id)
+        trial.step = began
         self._note_values(trial)
-        trial.samples += max(0, trial.step - began) * self.definition.base.train.global_batch_size
         self._tick()
         if self._optuna is not None and trial.status in ENDED:
             self._optuna.ended(trial.name, trial.value if trial.status not in ("failed", "refused") else None)
@@ -190,13 +189,18 @@ class Sweep:
         self.on_change(trial)
 
     def _note_values(self, trial: TrialRecord) -> None:
+        """Read from its run folder where a trial stands, and count the samples since it was known to stand at `trial.step`."""
         values = values_of(self.folder.run_dir(trial.name), self.definition.metric)
         best = best_of(values, self.definition.mode)
         if best is not None:
             # A member of a population may have lost the weights of its best value to a donor's.
             (trial.best_step, trial.value), trial.last = values[-1] if self.definition.space.method == "pbt" else best, values[-1][1]
         run_dir = self.folder.run_dir(trial.name)
-        trial.step = int(runs_folder.latest_state(run_dir).get("step", 0)) if run_dir.is_dir() else 0
+        began, trial.step = trial.step, int(runs_folder.latest_state(run_dir).get("step", 0)) if run_dir.is_dir() else 0
+        trial.samples += max(0, trial.step - began) * self._batch(trial)
+
+    def _batch(self, trial: TrialRecord) -> int:
+        return int(trial.parameters.get("train.global_batch_size", self.definition.base.train.global_batch_size))
 
     def _due(self) -> bool:
         now = time.monotonic()
@@ -228,10 +232,12 @@ class Sweep:
         return ""
 
     def _samples(self) -> int:
-        batch = self.definition.base.train.global_batch_size
         done = sum(trial.samples for trial in self.folder.trials)
-        steps = [int(runs_folder.last_line(self.folder.run_dir(name)).get("step", began)) - began for name, began in self._began.items()]
-        return done + sum(max(0, count) for count in steps) * batch
+        for trial in self.folder.trials:
+            if trial.name in self._began:
+                step = int(runs_folder.last_line(self.folder.run_dir(trial.name)).get("step", 0))
+                done += max(0, step - self._began[trial.name]) * self._batch(trial)
+        return done
 
     # Judging.
 

@@ -168,6 +168,7 @@ def test_a_sweep_that_was_killed_goes_on(shards: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished trial is left alone"
     attempts = [len(list((folder / trial["name"] / "attempts").iterdir())) for trial in result["trials"]]
     assert attempts == [1, 2, 1, 1]
+    assert result["samples"] == 4 * 150 * 8
     assert json.loads((folder / "t001" / "attempts" / "0002.json").read_text())["start_step"] >= 40
     assert_tracked(result)
 
