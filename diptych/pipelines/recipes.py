@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from diptych.config import Config, ConfigError, load_recipe, recipes_of, task_config_class, task_names
 from diptych.pipelines.console import finish
+from diptych.tune_spaces import spaces_of
 
 _BOUNDS = (
     (annotated_types.Ge, "ge", "≥"),
@@ -23,7 +24,7 @@ _BOUNDS = (
 
 
 def run(name: str = "", recipe: str = "") -> dict[str, Any]:
-    """Without a name, `tasks: [{task, summary, recipes: [{name, summary}]}]`.
+    """Without a name, `tasks: [{task, summary, recipes: [{name, summary}], spaces: [{name, summary}]}]`.
 
     With `TASK [RECIPE]` or `TASK/RECIPE` also `task, recipe, documentation`, the stored form `config`, and `keys: [{key, value,
     type, allowed, documentation}]` of that recipe (of `smoke`, if none is named). Raises `ConfigError` for unknown names.
@@ -47,7 +48,8 @@ def run(name: str = "", recipe: str = "") -> dict[str, Any]:
 
 def _summary(task: str) -> dict[str, Any]:
     recipes = [{"name": name, "summary": _first_line(function)} for name, function in recipes_of(task).items()]
-    return {"task": task, "summary": _first_line(task_config_class(task)), "recipes": recipes}
+    spaces = [{"name": name, "summary": _first_line(function)} for name, function in spaces_of(task).items()]
+    return {"task": task, "summary": _first_line(task_config_class(task)), "recipes": recipes, "spaces": spaces}
 
 
 def _first_line(documented: Any) -> str:
@@ -85,10 +87,14 @@ def _allowed(field: FieldInfo) -> str:
 def report(result: dict[str, Any]) -> str:
     """The result as text for people; the lines of keys can be pasted into a `train` call."""
     if "keys" not in result:
-        lines = ["Start one with `diptych train TASK --recipe NAME`; `diptych recipes TASK NAME` shows its keys.", ""]
+        lines = [
+            "Start one with `diptych train TASK --recipe NAME`, search with `diptych tune TASK --space NAME`; `diptych recipes TASK NAME` shows the keys.",
+            "",
+        ]
         for task in result["tasks"]:
             lines += [f"{task['task']}: {task['summary']}"]
-            lines += [f"  {recipe['name']:<20} {recipe['summary']}" for recipe in task["recipes"]] + [""]
+            lines += [f"  {recipe['name']:<20} {recipe['summary']}" for recipe in task["recipes"]]
+            lines += [f"  to search: {', '.join(space['name'] for space in task['spaces']) or 'no named space'}", ""]
         return "\n".join(lines).rstrip()
     others = ", ".join(recipe["name"] for recipe in result["tasks"][0]["recipes"] if recipe["name"] != result["recipe"])
     lines = [
@@ -97,6 +103,8 @@ def report(result: dict[str, Any]) -> str:
         result["documentation"],
         "",
         f"Other recipes of {result['task']}: {others or 'none'}",
+        "Spaces for `diptych tune`:",
+        *[f"  {space['name']:<20} {space['summary']}" for space in result["tasks"][0]["spaces"]],
     ]
     section = None
     for row in result["keys"]:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pydantic
 
 from diptych.config import Config, ConfigError, RunConfig, build, set_path, task_names
+
+if TYPE_CHECKING:
+    import numpy as np
 
 METHODS = ("grid", "random", "asha", "pbt", "optuna")
 _HYPERPARAMETERS = ("optim.", "task.")
@@ -58,7 +61,7 @@ class Domain(Config):
         if self.kind == "integers":
             return int(rng.integers(int(self.low), int(self.high) + 1))
         if self.kind == "loguniform":
-            return float(np.exp(rng.uniform(np.log(self.low), np.log(self.high))))
+            return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
         return float(rng.uniform(self.low, self.high))
 
     def __str__(self) -> str:
