@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from diptych.batches import EmbeddingNeed, Needs
+from diptych.batches import CachedNeed, EmbeddingNeed, Needs, TokenNeed
 from diptych.config import ConfigError, DataConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig, ValidationConfig
 
 
@@ -47,7 +47,16 @@ class Dalle2PriorConfig(TaskConfig):
     learned_timesteps: bool = False
     """A learned vector per timestep, as in the published weights, instead of sinusoids."""
     max_text_len: int = pydantic.Field(1, ge=1)
-    """Null tokens that stand for the caption's token states, which embeddings do not carry; the published weights have 256."""
+    """Token states attended to; learned null states fill shorter captions, and stand for all of them where none are given."""
+    condition_on_text_encodings: bool = False
+    """Attend to the caption's token states beside its embedding; their channels must equal the embedding's dimension."""
+    text_tower: str = ""
+    """CLIP whose text tower turns captions into token states: an open_clip NAME/TAG, a folder that `diptych export` wrote of a CoCa,
+    or a Hugging Face CLIP by name or folder. Empty = states from a cache (`data.caches`), where they are attended to."""
+    tokenizer: str = "open_clip"
+    """Tokenizer of `text_tower`: `open_clip`, a hub name, or a folder with a Hugging Face tokenizer."""
+    text_length: int = pydantic.Field(77, ge=4)
+    """Tokens of a caption for `text_tower`."""
     timesteps: int = pydantic.Field(1000, ge=2)
     """Diffusion timesteps."""
     beta_schedule: Literal["cosine", "linear", "quadratic", "jsd", "sigmoid"] = "cosine"
@@ -76,6 +85,8 @@ class Dalle2PriorConfig(TaskConfig):
     """Denoising steps of a sample (DDIM below `timesteps`)."""
     cond_scale: float = pydantic.Field(1.0, ge=0)
     """Guidance of validation samples; other than 1 needs both drop probabilities above 0."""
+    best_of: int = pydantic.Field(1, ge=1)
+    """Candidates for a validation sample, of which the nearest to the text by cosine is taken."""
     validation_samples: int = pydantic.Field(1, ge=1)
     """Samples drawn per text in validation; their cosines are averaged."""
 
@@ -96,8 +107,11 @@ class Dalle2PriorConfig(TaskConfig):
         return self
 
     def needs(self) -> Needs:
-        """Both embeddings."""
-        return Needs(image_embedding=EmbeddingNeed(self.embed_dim), text_embedding=EmbeddingNeed(self.embed_dim))
+        """Both embeddings; with token states also token ids, or the states from a cache."""
+        reads, dim = self.condition_on_text_encodings, EmbeddingNeed(self.embed_dim)
+        tokens = TokenNeed(self.tokenizer, self.text_length) if reads and self.text_tower else None
+        cached = CachedNeed(("text_states",)) if reads and not self.text_tower else None
+        return Needs(image_embedding=dim, text_embedding=dim, tokens=tokens, cached=cached)
 
     def resolve(self, facts: dict[str, Any]) -> Dalle2PriorConfig:
         """With the dimension of the data, where `embed_dim` is empty."""
@@ -117,6 +131,9 @@ class Dalle2PriorConfig(TaskConfig):
             raise ConfigError(
                 "data.embeddings", f"images of {image} and texts of {text} dimensions", "one dimension", "Embed both with the same model."
             )
+        states = (facts.get("text_states_shape") or (image,))[-1]
+        if self.condition_on_text_encodings and states != image:
+            raise ConfigError("data.caches", f"token states of {states} channels", f"{image}, the dimension of the embeddings")
         if self.embed_dim not in (None, image):
             raise ConfigError(
                 "task.embed_dim", self.embed_dim, f"{image}, the dimension of the embeddings", "Leave it empty to take what the data has."

@@ -99,7 +99,7 @@ def _training_options(config: Dalle2PriorConfig) -> dict[str, Any]:
         "image_cond_drop_prob": config.image_cond_drop_prob,
         "loss_type": config.loss_type,
         "training_clamp_l2norm": config.training_clamp_l2norm,
-        "condition_on_text_encodings": False,
+        "condition_on_text_encodings": config.condition_on_text_encodings,
     }
 
 
@@ -147,8 +147,18 @@ def condition_masks(net: DiffusionPriorNetwork, keep_text: Tensor, keep_image: T
             hook.remove()
 
 
-def sample_prior(prior: DiffusionPrior, text_embedding: Tensor, noise: Noise, steps: int, cond_scale: float = 1.0) -> Tensor:
+def choose_nearest(candidates: Tensor, text_embedding: Tensor) -> Tensor:
+    """Of candidates `[B, N, D]` the one nearest to the text `[B, D]` by cosine (Ramesh et al., section 2.2), `[B, D]`."""
+    nearness = torch.cosine_similarity(candidates, text_embedding[:, None], dim=-1)
+    return candidates[torch.arange(len(candidates), device=candidates.device), nearness.argmax(dim=1)]
+
+
+def sample_prior(
+    prior: DiffusionPrior, text_embedding: Tensor, noise: Noise, steps: int, cond_scale: float = 1.0, text_states: Tensor | None = None
+) -> Tensor:
     """Image embeddings `[B, D]` for text embeddings `[B, D]`, as the peer's `p_sample_loop` with its draws given.
+
+    `text_states` `[B, L, D]` for a prior that reads them.
 
     `steps` below the model's timesteps is DDIM with eta 1 (Song et al. 2020, arXiv:2010.02502); else ancestral sampling.
     """
@@ -160,7 +170,7 @@ def sample_prior(prior: DiffusionPrior, text_embedding: Tensor, noise: Noise, st
         x = prior.l2norm_clamp_embed(x)
     for time, following in itertools.pairwise(times):
         t = torch.full((len(x),), time, device=x.device)
-        start = _predict_start(prior, x, t, text_embedding, cond_scale)
+        start = _predict_start(prior, x, t, {"text_embed": text_embedding, "text_encodings": text_states}, cond_scale)
         if not ddim:
             mean, _, log_variance = scheduler.q_posterior(x_start=start, x_t=x, t=t)
             x = mean + (0.5 * log_variance).exp() * noise(f"step{time}") if time > 0 else mean
@@ -178,8 +188,8 @@ def sample_prior(prior: DiffusionPrior, text_embedding: Tensor, noise: Noise, st
     return x / prior.image_embed_scale
 
 
-def _predict_start(prior: DiffusionPrior, x: Tensor, t: Tensor, text_embedding: Tensor, cond_scale: float) -> Tensor:
-    predicted = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, text_embed=text_embedding).float()
+def _predict_start(prior: DiffusionPrior, x: Tensor, t: Tensor, text: dict[str, Tensor | None], cond_scale: float) -> Tensor:
+    predicted = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, **text).float()
     if prior.predict_v:
         start = prior.noise_scheduler.predict_start_from_v(x, t=t, v=predicted)
     elif prior.predict_x_start:

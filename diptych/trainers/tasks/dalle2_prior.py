@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from diptych.recipes.dalle2_prior import Dalle2PriorConfig
 from diptych.trainers import randomness
 from diptych.trainers.flops import matrix_flops
-from diptych.trainers.prior_model import build_prior, condition_masks, export_prior, sample_prior
+from diptych.trainers.prior_model import build_prior, choose_nearest, condition_masks, export_prior, sample_prior
 from diptych.trainers.task import Batch, Output, Task, Term, Validation, synthetic_rows
+from diptych.trainers.text_tower import example_text, text_states, text_tower
 
 
 class Dalle2PriorTask(Task):
@@ -32,6 +33,8 @@ class Dalle2PriorTask(Task):
         """Raises `ConfigError` where the dimension is unknown, or weights and sizes do not belong together."""
         super().__init__(config, seed)
         self.prior, self.section = build_prior(config, seed)
+        reads = config.condition_on_text_encodings
+        self.tower = text_tower(config.text_tower if reads else "", self.prior.image_embed_dim, "the embeddings' dimension")
         # Counted now: sharded parameters have no shape later.
         net = self.prior.net
         tokens = net.max_text_len + net.num_text_embeds + net.num_time_embeds + net.num_image_embeds + 1
@@ -57,8 +60,11 @@ class Dalle2PriorTask(Task):
         prior, times, noise = self.prior, batch["timestep"], batch["noise"]
         clean = batch["image_embedding"] * prior.image_embed_scale
         noisy = prior.noise_scheduler.q_sample(x_start=clean, t=times, noise=noise)
+        states = self._states(batch)
+        # Rows of zeros are padding to the peer, for which its null states stand.
+        states = None if states is None else states * batch["keep_text"][:, None, None]
         with condition_masks(prior.net, batch["keep_text"], batch["keep_image"]):
-            predicted = prior.net(noisy, times, text_embed=batch["text_embedding"]).float()
+            predicted = prior.net(noisy, times, text_embed=batch["text_embedding"], text_encodings=states).float()
         if prior.predict_x_start and prior.training_clamp_l2norm:
             predicted = prior.l2norm_clamp_embed(predicted)
         target = clean if prior.predict_x_start else noise
@@ -67,24 +73,43 @@ class Dalle2PriorTask(Task):
         loss = prior.noise_scheduler.loss_fn(predicted, target, reduction="none").mean(dim=1)
         return Output(terms={"diffusion": Term((loss * batch["weight"]).sum(), batch["weight"].sum())})
 
-    def sample(self, text_embedding: Tensor, slots: Tensor, purpose: str = "sample", steps: int = 0, cond_scale: float = 0.0) -> Tensor:
-        """Image embeddings `[B, D]` for text embeddings `[B, D]`; the noise of row i belongs to `slots[i]` and `purpose`.
+    def _states(self, batch: Batch) -> Tensor | None:
+        return text_states(self.tower, batch) if self.config.condition_on_text_encodings else None
 
-        `steps` and `cond_scale` of 0 take the configuration's.
+    def sample(
+        self,
+        text_embedding: Tensor,
+        slots: Tensor,
+        purpose: str = "sample",
+        *,
+        steps: int = 0,
+        cond_scale: float = 0.0,
+        best_of: int = 1,
+        text_states: Tensor | None = None,
+    ) -> Tensor:
+        """Image embeddings `[B, D]` for text embeddings `[B, D]` and, where it reads them, token states `[B, L, D]`.
+
+        The noise of row i belongs to `slots[i]` and `purpose`. Of `best_of` candidates the nearest to the text is taken. `steps` and
+        `cond_scale` of 0 take the configuration's.
         """
-        dim = text_embedding.shape[1]
-
-        def noise(what: str) -> Tensor:
-            return randomness.normal(self.seed, f"{purpose}/{what}", slots, (dim,))
-
+        dim, candidates = text_embedding.shape[1], []
         steps, cond_scale = steps or self.config.sample_timesteps, cond_scale or self.config.cond_scale
-        return sample_prior(self.prior, text_embedding, noise, steps, cond_scale)
+        for number in range(best_of):
+            # The first candidate is the sample that there would be without others.
+            name = f"{purpose}/{number}" if number else purpose
+
+            def noise(what: str, name: str = name) -> Tensor:
+                return randomness.normal(self.seed, f"{name}/{what}", slots, (dim,))
+
+            candidates.append(sample_prior(self.prior, text_embedding, noise, steps, cond_scale, text_states))
+        return choose_nearest(torch.stack(candidates, dim=1), text_embedding)
 
     def validate(self, batch: Batch) -> Validation:
         """The loss, and samples of every text."""
+        text, slots, states, best = batch["text_embedding"], batch["slot"], self._states(batch), self.config.best_of
         count = self.config.validation_samples
-        predicted = [self.sample(batch["text_embedding"], batch["slot"], f"sample{number}") for number in range(count)]
-        rows = {"text": batch["text_embedding"], "image": batch["image_embedding"], "predicted": torch.stack(predicted, dim=1)}
+        predicted = [self.sample(text, slots, f"sample{number}", best_of=best, text_states=states) for number in range(count)]
+        rows = {"text": text, "image": batch["image_embedding"], "predicted": torch.stack(predicted, dim=1)}
         return Validation(terms=super().validate(batch).terms, rows=rows)
 
     def summarise(self, rows: dict[str, Tensor]) -> dict[str, float]:
@@ -120,7 +145,7 @@ class Dalle2PriorTask(Task):
         dim = self.prior.image_embed_dim
         image = F.normalize(torch.randn(batch_size, dim, generator=generator), dim=-1)
         text = F.normalize(image + 0.1 * torch.randn(batch_size, dim, generator=generator), dim=-1)
-        return synthetic_rows(batch_size) | {"image_embedding": image, "text_embedding": text}
+        return synthetic_rows(batch_size) | {"image_embedding": image, "text_embedding": text} | example_text(self.config, dim, generator)
 
     def export(self, folder: Path) -> None:
         """Write `prior.pth` and `prior_config.json` in dalle2-pytorch's own terms."""
