@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scene_judge import CANDIDATES, held_out_captions, timed, train_judge, verdict, write_scenes
+from scene_judge import CANDIDATES, held_out_captions, timed, train, train_judge, verdict, write_scenes
 
-from diptych.config import RunConfig, apply_overrides, load_recipe
+from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import embed, export
 from diptych.pipelines.console import show_table
-from diptych.pipelines.local import train_here
 from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.clip_embedder import Embedder, parse_model
@@ -40,12 +39,6 @@ def paint(out: Path, captions: list[str], seed: int = 0) -> np.ndarray:
     requests = [PictureRequest(caption, seed + number) for number, caption in enumerate(captions)]
     parts = [painter.paint(requests[start : start + _AT_ONCE], PictureSettings()) for start in range(0, len(requests), _AT_ONCE)]
     return np.concatenate(parts)
-
-
-def train(config: RunConfig, run: Path) -> None:
-    """`train_here`, refusing a run that did not finish."""
-    result = train_here(config, run)
-    assert result["status"] == "finished", result
 
 
 def main(out: Path, overrides: list[str]) -> bool:

@@ -10,19 +10,15 @@ took more than 20 minutes of two cores. Interrupted training goes on in the next
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scene_judge import CANDIDATES, held_out_captions, train_judge, verdict, write_scenes
+from scene_judge import CANDIDATES, held_out_captions, timed, train, train_judge, verdict, write_scenes
 
-from diptych.config import RunConfig, apply_overrides, load_recipe
+from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines.console import show_table
 from diptych.pipelines.export import run as export
-from diptych.pipelines.local import train_here
 from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.pictures import PictureRequest, PictureSettings
@@ -33,34 +29,12 @@ _SCENES, _HELD_OUT, _AT_ONCE = 8_000, 200, 50
 _SETTINGS = PictureSettings(steps=25, guidance=(3.0,), sampler="dpm++")
 
 
-def timed(out: Path, name: str, work: Callable[[], object]) -> float:
-    """Do `work` unless it was done; returns the processor seconds that it took over all calls, and keeps them in a file."""
-    file = out / f"{name}.json"
-    spent = json.loads(file.read_text()) if file.is_file() else {"cpu_seconds": 0.0, "seconds": 0.0, "done": False}
-    if not spent["done"]:
-        cpu, wall = sum(os.times()[:4]), time.monotonic()
-        try:
-            work()
-            spent["done"] = True
-        finally:
-            spent["cpu_seconds"] += sum(os.times()[:4]) - cpu
-            spent["seconds"] += time.monotonic() - wall
-            file.write_text(json.dumps(spent))
-    return float(spent["cpu_seconds"])
-
-
 def paint(run: Path, captions: list[str], seed: int = 0) -> np.ndarray:
     """A picture of each caption by the run's averaged weights."""
     task = load_trained(run).task
     painter = SdPainter(task, autocast=resolve_precision("auto", next(task.parameters()).device).autocast())
     requests = [PictureRequest(caption, seed + number) for number, caption in enumerate(captions)]
     return np.concatenate([painter.paint(requests[start : start + _AT_ONCE], _SETTINGS) for start in range(0, len(requests), _AT_ONCE)])
-
-
-def train(config: RunConfig, run: Path) -> None:
-    """`train_here`, refusing a run that did not finish."""
-    result = train_here(config, run)
-    assert result["status"] == "finished", result
 
 
 def main(out: Path, overrides: list[str]) -> bool:

@@ -5,13 +5,17 @@ For `pictures_sd.py` and others that make pictures of `diptych.datasets.scenes`:
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diptych.config import apply_overrides, load_recipe
+from diptych.config import RunConfig, apply_overrides, load_recipe
 from diptych.datasets.keep import select
 from diptych.datasets.manifest import open_manifest
 from diptych.datasets.scenes import samples
@@ -65,3 +69,25 @@ def verdict(judge: Path, pictures: np.ndarray, captions: list[str]) -> tuple[np.
         similarity = features["image"][group] @ features["text"][group].T
         matched.append((similarity.argmax(dim=1) == torch.arange(similarity.shape[0])).numpy())
     return np.concatenate(matched), (features["image"] * features["text"]).sum(dim=1).numpy()
+
+
+def timed(out: Path, name: str, work: Callable[[], object]) -> float:
+    """Do `work` unless it was done; returns the processor seconds that it took over all calls, and keeps them in a file."""
+    file = out / f"{name}.json"
+    spent = json.loads(file.read_text()) if file.is_file() else {"cpu_seconds": 0.0, "seconds": 0.0, "done": False}
+    if not spent["done"]:
+        cpu, wall = sum(os.times()[:4]), time.monotonic()
+        try:
+            work()
+            spent["done"] = True
+        finally:
+            spent["cpu_seconds"] += sum(os.times()[:4]) - cpu
+            spent["seconds"] += time.monotonic() - wall
+            file.write_text(json.dumps(spent))
+    return float(spent["cpu_seconds"])
+
+
+def train(config: RunConfig, run: Path) -> None:
+    """`train_here`, refusing a run that did not finish."""
+    result = train_here(config, run)
+    assert result["status"] == "finished", result

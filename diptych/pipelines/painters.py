@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from diptych.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from diptych.trainers.clip_embedder import Embedder
     from diptych.trainers.pictures import Painter
 
@@ -140,9 +142,19 @@ def open_painter(spec: PainterSpec) -> Painter:
     tasks = {
         task: load_trained(Path(run), spec.checkpoint, spec.averaged, device).task for run, task in zip(spec.runs, spec.tasks, strict=True)
     }
-    from diptych.trainers.dalle2_painter import Dalle2Painter  # type: ignore[import-not-found]
+    from diptych.datasets.tokens import load_tokenizer
+    from diptych.trainers.dalle2_painter import Dalle2Painter
+    from diptych.trainers.tasks.dalle2_decoder import Dalle2DecoderTask
+    from diptych.trainers.tasks.dalle2_prior import Dalle2PriorTask
 
-    return Dalle2Painter(tasks["dalle2_prior"], tasks["dalle2_decoder"], open_embedder(spec.clip, device))
+    prior, decoder = tasks["dalle2_prior"], tasks["dalle2_decoder"]
+    assert isinstance(prior, Dalle2PriorTask)
+    assert isinstance(decoder, Dalle2DecoderTask)
+
+    def tokenize(name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        return load_tokenizer(name).encode(texts, length)
+
+    return Dalle2Painter(prior, decoder, open_embedder(spec.clip, device), tokenize)
 
 
 def _open_stable_diffusion(run: Path, spec: PainterSpec, device: str) -> Painter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -67,23 +67,17 @@ def _kernels(config: Dalle2DecoderConfig) -> list[int]:
 
 
 @contextlib.contextmanager
-def condition_masks(unet: Unet, keep_image: Tensor | None, keep_text: Tensor | None) -> Iterator[None]:
-    """Within, the U-Net sees null conditions where the bool masks `[B]` are False: the peer draws these masks itself."""
+def image_mask(unet: Unet, keep: Tensor | None) -> Iterator[None]:
+    """Within, the U-Net sees null embeddings where the bool mask `[B]` is False: the peer draws this mask itself."""
 
     def withhold(keep: Tensor, null: Tensor) -> Callable[..., Tensor]:
-        def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-            shown = null[:, : output.shape[1]] if output.ndim == 3 else null
-            return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shown.to(output.dtype))
-
-        return hook
+        return lambda _module, _inputs, output: torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, null.to(output.dtype))
 
     hooks = []
-    if keep_image is not None and unet.cond_on_image_embeds:
-        hooks.append(unet.image_to_tokens.register_forward_hook(withhold(keep_image, unet.null_image_embed)))
+    if keep is not None and unet.cond_on_image_embeds:
+        hooks.append(unet.image_to_tokens.register_forward_hook(withhold(keep, unet.null_image_embed)))
         if unet.to_image_hiddens is not None:
-            hooks.append(unet.to_image_hiddens.register_forward_hook(withhold(keep_image, unet.null_image_hiddens)))
-    if keep_text is not None and unet.text_to_cond is not None:
-        hooks.append(unet.text_to_cond.register_forward_hook(withhold(keep_text, unet.null_text_embed)))
+            hooks.append(unet.to_image_hiddens.register_forward_hook(withhold(keep, unet.null_image_hiddens)))
     try:
         yield
     finally:
@@ -168,7 +162,10 @@ def stage_losses(
         with torch.no_grad():
             former = decoder.parse_unet_output(learned, unet(noisy, times, **options).float())[0]
         former = former * draws["self_cond"][:, None, None, None]
-    with condition_masks(unet, draws.get("keep_image"), draws.get("keep_text")):
+    if text is not None:
+        # Rows of zeros are padding to the peer, for which its null states stand.
+        options["text_encodings"] = text * draws["keep_text"][:, None, None]
+    with image_mask(unet, draws.get("keep_image")):
         output = unet(noisy, times, **options, self_cond=former).float()
     predicted = decoder.parse_unet_output(learned, output)[0]
     target = noise

@@ -84,7 +84,9 @@ class _Stage:
         self.decoder, self.index, self.inpaint = decoder, index, inpaint
         self.unet, self.scheduler = decoder.unets[index], decoder.noise_schedulers[index]
         self.shape = (3, decoder.image_sizes[index], decoder.image_sizes[index])
-        self.steps, self.scale, self.eta = sampling.steps[index], sampling.cond_scale[index], sampling.eta
+        self.steps, self.eta = sampling.steps[index], sampling.eta
+        # Without a condition there is nothing to guide to, and a second pass would predict the same.
+        self.scale = sampling.cond_scale[index] if self.unet.cond_on_image_embeds or self.unet.cond_on_text_encodings else 1.0
         self.draw, self.device = noise, image_embed.device
         self.options = {"image_embed": image_embed, "text_encodings": text_encodings if self.unet.cond_on_text_encodings else None}
         self.former: Tensor | None = None

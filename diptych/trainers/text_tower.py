@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.batches import Needs
 from diptych.config import ConfigError
 from diptych.trainers.clip_embedder import Embedder, parse_model
 
@@ -59,8 +60,15 @@ def text_states(tower: TextTower | None, batch: dict[str, Tensor]) -> Tensor:
     return batch["text_states"].float() if tower is None else tower.states(batch["tokens"], batch["token_mask"])
 
 
-def example_text(needs: Needs, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What an example batch of a task with `needs` holds of text: token ids, states of `width` channels, or nothing."""
+def example_text(needs: Needs, width: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
+    """What an example batch of `size` captions holds of text: token ids, states of `width` channels, or nothing."""
+    if needs.tokens is not None:
+        length = needs.tokens.length
+        lengths = torch.randint(3, length + 1, (size, 1), generator=generator)
+        mask = torch.arange(length) < lengths
+        return {"tokens": torch.randint(1, 9, (size, length), generator=generator) * mask, "token_mask": mask}
+    if needs.cached is not None:
+        return {"text_states": torch.randn(size, 8, width, generator=generator).half()}
     return {}
 
 

@@ -145,7 +145,8 @@ class Dalle2PriorTask(Task):
         dim = self.prior.image_embed_dim
         image = F.normalize(torch.randn(batch_size, dim, generator=generator), dim=-1)
         text = F.normalize(image + 0.1 * torch.randn(batch_size, dim, generator=generator), dim=-1)
-        return synthetic_rows(batch_size) | {"image_embedding": image, "text_embedding": text} | example_text(self.config, dim, generator)
+        rows = synthetic_rows(batch_size) | {"image_embedding": image, "text_embedding": text}
+        return rows | example_text(self.needs, dim, generator, batch_size)
 
     def export(self, folder: Path) -> None:
         """Write `prior.pth` and `prior_config.json` in dalle2-pytorch's own terms."""
