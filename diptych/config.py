@@ -486,9 +486,16 @@ def load_recipe(task: str, recipe: str) -> RunConfig:
     return recipes[recipe]()
 
 
-def load_config_file(path: str) -> RunConfig:
-    """Read a configuration that a run stored or `tune` wrote."""
+def load_config_file(path: str, say: Callable[[str], None] = print) -> RunConfig:
+    """Read a configuration that a run stored or `tune` wrote, or one of DALLE2-pytorch, whose changes of meaning go to `say`."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError("--config", path, "a JSON file that a run stored as config.json", "Check the path.")
-    return RunConfig.from_json(file.read_text())
+    foreign = importlib.import_module("diptych.recipes._dalle2_json")
+    translated = foreign.translate_text(file.read_text())
+    if translated is None:
+        return RunConfig.from_json(file.read_text())
+    for remark in translated.remarks:
+        say(remark)
+    config: RunConfig = translated.config
+    return config

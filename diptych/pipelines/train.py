@@ -263,7 +263,7 @@ def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | Non
 def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:
     """The configuration of a call: a stored file or a recipe, with `KEY=VALUE` applied."""
     if config_file:
-        config = load_config_file(config_file)
+        config = load_config_file(config_file, note)
         if config.task.name != task:
             raise ConfigError("TASK", task, f"{config.task.name}, the task of {config_file}")
     else:
@@ -276,7 +276,7 @@ def command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted configuration keys")] = None,
     *,
     recipe: Annotated[str, typer.Option(help="starting configuration")] = "smoke",
-    config: Annotated[str, typer.Option(help="stored configuration to start from instead")] = "",
+    config: Annotated[str, typer.Option(help="stored configuration, or DALLE2-pytorch's JSON, to start from instead")] = "",
     dry_run: Annotated[bool, typer.Option(help="check everything, show what would run, start nothing")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:

@@ -5,12 +5,16 @@ Facts of dalle2-pytorch 1.15.6: `train_configs.py` and what its training scripts
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from diptych.config import ConfigError, RunConfig, apply_overrides, build, load_recipe, set_path
 from diptych.recipes._unets import UnetConfig
+
+
+_UNKNOWN = "not known to dalle2-pytorch 1.15.6 and not used here"
 
 
 class Translation(NamedTuple):
@@ -21,9 +25,18 @@ class Translation(NamedTuple):
     """One line for each field that means something else here, or is not used."""
 
 
-def is_dalle2(data: Any) -> bool:
-    """Whether parsed JSON is a configuration of DALLE2-pytorch: a whole one, or the one that lies beside exported weights."""
-    return isinstance(data, dict) and "task" not in data and bool({"decoder", "prior"} & set(data))
+def translate_text(text: str) -> Translation | None:
+    """What the JSON `text` describes, if it is a configuration of DALLE2-pytorch: a whole one, or what lies beside exported weights."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(data, dict) or "task" in data or not {"decoder", "prior"} & set(data):
+        return None
+    try:
+        return translate(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError("--config", repr(error), "a configuration of DALLE2-pytorch 1.15.6", "It lacks what that needs.") from error
 
 
 def translate(data: dict[str, Any]) -> Translation:
@@ -42,8 +55,11 @@ def translate(data: dict[str, Any]) -> Translation:
         config = set_path(config, "seed", data["seed"])
     if "evaluate" in data:
         notes("evaluate", "not used in training: `diptych evaluate` and `diptych generate` measure pictures")
-    if "tracker" in data:
-        notes("tracker", "not used: MLflow is the tracker (tracking.*); start from its weights with task.pretrained=FILE")
+    for key in ("tracker", "load"):
+        if key in data:
+            notes(key, "not used: MLflow is the tracker (tracking.*), and weights to start from are named by task.pretrained")
+    for key in set(data) - {name, "train", "data", "seed", "evaluate", "tracker", "load"}:
+        notes(key, _UNKNOWN)
     return Translation(config, notes.lines)
 
 
@@ -57,7 +73,7 @@ class _Notes:
     def leftovers(self, section: str, values: dict[str, Any], known: dict[str, str]) -> None:
         """A word on each field that was not taken."""
         for key in values:
-            self(f"{section}.{key}", known.get(key, "not known to dalle2-pytorch 1.15.6 and not used here"))
+            self(f"{section}.{key}", known.get(key, _UNKNOWN))
 
 
 def _need(key: str, value: Any, allowed: Any, remedy: str = "") -> None:
@@ -240,6 +256,7 @@ _DATA_UNUSED = {
     "num_workers": "not used: cluster.data_cpus is the share of the machine that reads and decodes",
     "shard_width": "not used: read from the shards' names",
     "index_width": "not used: read from the keys",
+    "text_url": "not used: text embeddings are text_emb beside img_emb in data.embeddings",
     "meta_url": "not used: captions come from data.shards, joined with the embeddings by key",
     "text_embeddings_url": "not used: token states come from task.text_tower, or from a cache (data.caches)",
     "resample_train": "not used: each sample comes once in an epoch of the stream",
@@ -255,9 +272,10 @@ def _data(source: dict[str, Any], notes: _Notes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "webdataset_base_url" in source:
         found["data.shards"] = _shards(source, notes)
-    embeddings = source.pop("img_embeddings_url", None) or source.pop("image_url", None)
-    if embeddings:
-        found["data.embeddings"] = embeddings
+    for key in ("img_embeddings_url", "image_url"):
+        if source.get(key):
+            # Image and text embeddings lie side by side in folders of these names.
+            found["data.embeddings"] = source.pop(key).rstrip("/").removesuffix("/img_emb")
     if "batch_size" in source:
         found["train.global_batch_size"] = source.pop("batch_size")
         notes("data.batch_size", "the batch of all workers together; in dalle2-pytorch that of each GPU")
@@ -276,7 +294,8 @@ def _data(source: dict[str, Any], notes: _Notes) -> dict[str, Any]:
 def _shards(source: dict[str, Any], notes: _Notes) -> str:
     url = source.pop("webdataset_base_url")
     if url.startswith("pipe:"):
-        raise ConfigError("data.webdataset_base_url", url, "a folder or a URL that fsspec reads", "Name the bucket: s3://bucket/{}.tar")
+        notes("data.webdataset_base_url", "not used: name what the pipe reads in data.shards, such as s3://bucket/{000000..000099}.tar")
+        return ""
     if "{}" not in url or "end_shard" not in source:
         return url.replace("{}", "*") if "{}" in url else url
     width = source.get("shard_width", 6)
