@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from diptych.config import ConfigError, RunConfig, apply_overrides, build, load_recipe, set_path
 from diptych.recipes._unets import UnetConfig
 
-
 _UNKNOWN = "not known to dalle2-pytorch 1.15.6 and not used here"
 
 

@@ -39,6 +39,7 @@ VARIANTS = {
         "task.max_text_len=3",
         "task.init_image_embed_l2norm=true",
     ),
+    "captions too": ("task.condition_on_text_encodings=true", "task.max_text_len=9", "task.text_cond_drop_prob=0.4"),
     "dropped often": ("task.text_cond_drop_prob=0.5", "task.image_cond_drop_prob=0.5"),
 }
 
@@ -57,7 +58,10 @@ def test_the_loss_equals_the_peers_forward_with_the_same_draws(variant):
         mock.patch.object(peer, "prob_mask_like", lambda shape, prob, device: next(masks)),
         mock.patch.object(task.prior.noise_scheduler, "sample_random_times", lambda count: batch["timestep"]),
     ):
-        theirs = task.prior(text_embed=batch["text_embedding"], image_embed=batch["image_embedding"].clone(), noise=batch["noise"])
+        states = {"text_encodings": batch["text_states"].float()} if task.config.condition_on_text_encodings else {}
+        theirs = task.prior(
+            text_embed=batch["text_embedding"], image_embed=batch["image_embedding"].clone(), noise=batch["noise"], **states
+        )
     assert (ours.sum / ours.weight).item() == pytest.approx(theirs.item(), rel=1e-6)
     assert next(masks, None) is None
     assert variant != "dropped often" or 0 < batch["keep_text"].sum() < 32

@@ -95,6 +95,9 @@ class DeepSpeedStrategy:
         if not dist.is_initialized():
             backend = "nccl" if self.world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        for parameter in self.task.parameters():
+            # DeepSpeed sends parameters as rows of bytes, which weights with channels last are not.
+            parameter.data = parameter.data.contiguous()
         with scalars_carried(self.task):
             engine, *_ = deepspeed.initialize(
                 model=Entry(self.task, self.precision),
