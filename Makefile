@@ -13,12 +13,13 @@ STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest scale reorder dedup text prompts clip_vit coca pictures_sd sd_steps
+BENCH ?= ingest scale reorder dedup text prompts clip_vit coca pictures_sd pictures_dalle2 sd_steps
 PROMPTS ?= ../shared/data/prompts.txt
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_prompts = $(PROMPTS) runs/bench-prompts
 ARGS_clip_vit = runs/bench-clip_vit
 ARGS_coca = runs/bench-coca
+ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
 ARGS_pictures_sd = runs/bench-pictures_sd
 ARGS_sd_steps = runs/bench-sd_steps
 ARGS_sd_lora = runs/bench-pictures_sd
