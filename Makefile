@@ -23,6 +23,7 @@ ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
 ARGS_pictures_sd = runs/bench-pictures_sd
 ARGS_sd_steps = runs/bench-sd_steps
 ARGS_sd_lora = runs/bench-pictures_sd
+ARGS_kills = runs/bench-kills
 ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
 SIZES ?= clip
 ARGS_embed = ../shared/data/pomological

@@ -6,7 +6,10 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-_SECRET = re.compile(r"token|secret|passw|credential|signature|^sig$|(^|[_-])key|^x-amz-|^x-goog-|^awsaccesskey", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_-])(auth|access)?tokens?($|[_-])|secret|passw|credential|signature|^sig$|(^|[_-])(api)?key($|[_-])|^x-amz-|^x-goog-|^awsaccesskey",
+    re.IGNORECASE,
+)
 
 
 def is_secret_name(name: str) -> bool:
@@ -21,6 +24,11 @@ def without_credentials(url: str) -> str:
         return url
     signed = any(is_secret_name(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "" if signed else parts.query, parts.fragment))
+
+
+def clean_text(text: str) -> str:
+    """`text`, such as an error's message, with every URL in it shown so."""
+    return re.sub(r"[\w+.-]+://[^\s'\"<>]+", lambda found: without_credentials(found[0]), text)
 
 
 def without_secrets(value: Any) -> Any:

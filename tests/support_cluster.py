@@ -19,9 +19,10 @@ MEGABYTES = 1 << 20
 class NodesOfRay:
     """Raylets of a `ray.cluster_utils.Cluster`. This process joins no Ray; drivers are processes with `environment`."""
 
-    def __init__(self, folder: str, head_cpus: int, dashboard: bool) -> None:
+    def __init__(self, folder: str, token: str, head_cpus: int, dashboard: bool) -> None:
         from ray.cluster_utils import Cluster
 
+        self.token, self.folder = token, Path(folder)
         head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
         head |= {"include_dashboard": dashboard} | ({"dashboard_port": 0} if dashboard else {})
         self.cluster = Cluster(shutdown_at_exit=True)
@@ -36,6 +37,10 @@ class NodesOfRay:
     def dashboard(self) -> str:
         """URL of the job server."""
         return f"http://{self.cluster.webui_url}"
+
+    def owns(self, process: psutil.Process) -> bool:
+        """Whether a process runs below one of these nodes; others may run a Ray on this machine too."""
+        return str(process.environ().get("RAY_AUTH_TOKEN_PATH", "")) == self.token
 
     def add(self, cpus: int = 1) -> Any:
         """Start a node."""
@@ -70,7 +75,9 @@ def nodes_of_ray(monkeypatch: Any, head_cpus: int = 0, dashboard: bool = False) 
     token.write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    nodes = NodesOfRay(os.path.join(folder, "ray"), head_cpus, dashboard)
+    # A node of one CPU would keep one idle process, and start another for every read.
+    monkeypatch.setenv("RAY_num_workers_soft_limit", "4")
+    nodes = NodesOfRay(os.path.join(folder, "ray"), str(token), head_cpus, dashboard)
     try:
         yield nodes
     finally:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from diptych.redaction import clean_text
+
 FILE = "failures.jsonl"
 
 _MEMORY = "Lower train.global_batch_size, raise train.micro_batches, or set train.gradient_checkpointing=true; lower data.block_megabytes "
@@ -82,7 +84,7 @@ def _is_collateral(text: str) -> bool:
 def explain(error: BaseException) -> str:
     """One line on a worker's error: its root cause, and the remedy where there is one."""
     root = _root(error)
-    text = " ".join(str(root).split())
+    text = clean_text(" ".join(str(root).split()))
     if isinstance(root, OSError) and root.errno in _REMEDIES:
         return f"{_REMEDIES[root.errno]} ({text})"
     if "running low on memory" in text or "OutOfMemory" in type(root).__name__ or "out of memory" in text.lower():

@@ -21,7 +21,8 @@ class ExportedModel(PythonModel):
         self.task = json.loads((Path(self.folder) / "diptych_run.json").read_text())["task"]["name"]
         self._pipeline: Any = None
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+    # Without a type for its input, which MLflow would take for the model's signature.
+    def predict(self, context: Any, model_input, params: dict[str, Any] | None = None) -> list[str]:  # type: ignore[no-untyped-def]
         """gpt2: the greedy continuation of every row of the first column; `params`: `max_new_tokens`. Others are opened by their library."""
         if self.task != "gpt2":
             card = Path(self.folder) / "README.md"

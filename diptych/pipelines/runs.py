@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines import runs_folder, tracking
-from diptych.pipelines.console import finish, note
+from diptych.pipelines import runs_compare, runs_folder, tracking
+from diptych.pipelines.console import finish, note, show_table
 from diptych.redaction import without_credentials
 
 _DEPTH = 3
@@ -120,15 +120,25 @@ def report(result: dict[str, Any]) -> str:
 def command(
     output: Annotated[str, typer.Argument(help="folder that holds the runs")] = "runs",
     *,
+    compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="show where runs differ, and their figures (repeatable)")] = None,
+    open_run: Annotated[str, typer.Option("--open", metavar="RUN", help="open the run's page in MLflow")] = "",
     tracking_uri: Annotated[str, typer.Option(help="another MLflow store to set right; default: those that the runs name")] = "",
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
-    """List runs with status, step and metrics; end in MLflow what died without a word.
+    """List runs with status, step and metrics, compare some, or open one; end in MLflow what died without a word.
 
-    Example: diptych runs
+    Example: diptych runs --compare first --compare second
     """
     result = run(output, tracking_uri)
-    if not json:
+    if compare:
+        result |= {"compared": compare, **runs_compare.compare(runs_compare.chosen(result["runs"], compare))}
+        for kind in ("configuration", "metrics"):
+            show_table(kind, ["key", *compare], [[key, *values] for key, values in result[kind].items()])
+    elif open_run:
+        result |= runs_compare.page(runs_compare.chosen(result["runs"], [open_run])[0])
+        if not json:
+            runs_compare.show({key: result[key] for key in ("url", "command")})
+    elif not json:
         print(report(result) if result["runs"] else f"no runs under {output}")
     finish(result, json)
 

@@ -22,6 +22,7 @@ from diptych.pipelines.runs_folder import read_driver, records_url, replace_text
 from diptych.pipelines.samples import write_samples
 from diptych.pipelines.tracking import driver_identity
 from diptych.pipelines.trial import SweepStops
+from diptych.redaction import clean_text
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +138,7 @@ def run_session(
         if isinstance(error, StorageFailed) and not error.lasting:
             raise
         status = "fenced" if isinstance(error, Fenced) else "failed"
-        result = {"status": status, "step": 0, "samples": 0, "metrics": {}, "error": str(error)}
+        result = {"status": status, "step": 0, "samples": 0, "metrics": {}, "error": clean_text(str(error))}
     result["world_size"] = world.size
     if world.rank == 0 and result["status"] != "fenced":
         replace_text(run_dir / "result.json", json.dumps(result))

@@ -146,10 +146,19 @@ def _fit(prepared: Prepared, run_dir: Path, trial: Trial | None) -> dict[str, An
     return result
 
 
+def _start_timeout(config: RunConfig) -> float:
+    """Seconds until workers that find no room are planned anew.
+
+    Ray counts a lost node as room for some 20 s more: an elastic group planned then must not wait for it long.
+    """
+    waits = config.cluster.autoscaling or not ray_context.is_elastic(config)
+    return config.cluster.start_timeout_seconds if waits else min(30.0, config.cluster.start_timeout_seconds)
+
+
 def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: list[BaseException]) -> None:
     # Relative paths in the configuration mean the driver's working folder, in the workers too.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(prepared.config.cluster.start_timeout_seconds))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout(prepared.config)))
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -162,6 +171,8 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
         _fit_alone(prepared, run_dir, trial, errors)
         return
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    # Each loss of a node may cost an elastic run one start that finds no room, see `_start_timeout`.
+    controller_failures = cluster.controller_failures + (cluster.max_failures if ray_context.is_elastic(config) else 0)
     backend = "nccl" if cluster.gpus_per_worker else "gloo"
     try:
         TorchTrainer(
@@ -179,7 +190,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
                 name=f"ray-{time.time_ns()}",
                 storage_path=cluster.storage or str(run_dir / "ray"),
                 callbacks=[FailureLog(str(run_dir))],
-                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=cluster.controller_failures),
+                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=controller_failures),
             ),
         ).fit()
     except BaseException as error:  # Handed to the main thread, which decides.

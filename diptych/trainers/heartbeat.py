@@ -80,7 +80,7 @@ class Heartbeat:
                 present = self._store.check([_key(rank)])
                 lines.append(json.loads(self._store.get(_key(rank))) if present else None)
         except RuntimeError:
-            return "A collective failed, and rank 0 with the workers' store is gone: look for what ended rank 0 first"
+            return "Rank 0 is gone, and with it what the others wait for"
         return blame(lines, time.time())
 
 
@@ -130,4 +130,4 @@ def _key(rank: int) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]

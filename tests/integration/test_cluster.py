@@ -21,6 +21,7 @@ from diptych.pipelines.trace import write_trace
 from diptych.trainers.attempts import read_attempts
 from diptych.trainers.runfolder import RunFolder
 
+SECRET = "sesame-open-4711"
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Jobs call `python`, and find it where this interpreter lies.
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -56,7 +57,7 @@ def folder_to_send(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "diptych").symlink_to(REPOSITORY / "diptych")
-    (folder / ".env").write_text("HF_TOKEN=sesame-open")
+    (folder / ".env").write_text(f"HF_TOKEN={SECRET}")
     return folder
 
 
@@ -65,6 +66,13 @@ def arguments_of(tmp_path: Path, shards: Path, name: str, **changes: object) -> 
     return overrides(
         shards, name, output=tmp_path / "shared" / "runs", tracking__uri=store, train__steps=12, checkpoint__every_steps=6, **changes
     )
+
+
+def files_with(text: str, *folders: Path) -> list[Path]:
+    """Every file below `folders` that holds `text`."""
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert files
+    return [file for file in files if text.encode() in file.read_bytes()]
 
 
 @pytest.mark.slow
@@ -85,13 +93,19 @@ def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_pa
     assert "a wrong token" in wrong.stderr
     assert "f" * 64 not in wrong.stderr
 
-    done = call([*submit, "--json", "train", "coca", "--recipe", "smoke", *arguments_of(tmp_path, shards, "mine")], checkout)
+    secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "HF_TOKEN": SECRET, "MLFLOW_TRACKING_PASSWORD": SECRET}
+    mine = arguments_of(tmp_path, shards, "mine")
+    done = call([*submit, "--json", "train", "coca", "--recipe", "smoke", *mine], checkout, **secrets)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "finished at step 12" in done.stdout, "the job's own output is followed"
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert (told["status"], told["exit_status"]) == ("SUCCEEDED", 0)
     assert set(final_bytes(tmp_path / "shared/runs/mine")) == {"model.safetensors", "optimizer.safetensors", "ema.safetensors"}
 
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert not files_with(SECRET, tmp_path / "shared", nodes.folder), "neither run, nor MLflow, nor Ray's logs and packages"
+    assert not files_with(token, tmp_path / "shared", nodes.folder / "session_latest" / "logs")
+    assert token not in done.stdout + done.stderr
     # A wrong call inside the job comes back as one, and a run that would vanish with the job's folder is refused.
     lost = call([*submit, "train", "coca", f"data.shards={shards}", "name=lost"], checkout)
     assert lost.returncode == 2, lost.stdout + lost.stderr
@@ -120,7 +134,7 @@ def start(arguments: list[str], cwd: Path, nodes: NodesOfRay) -> subprocess.Pope
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_training_follows_the_nodes(
     monkeypatch: pytest.MonkeyPatch, environment: None, shards: Path, tmp_path: Path, strategy: str
@@ -131,14 +145,14 @@ def test_training_follows_the_nodes(
     with nodes_of_ray(monkeypatch) as nodes:
         first, *_ = [nodes.add() for _ in range(3)]
         driver = start(overrides(shards, "elastic", checkpoint__every_steps=20, **changes), tmp_path, nodes)
-        wait_for(lambda: logged_step(run_dir) >= 45, driver, 400)
+        wait_for(lambda: logged_step(run_dir) >= 45, driver, 900)
         nodes.kill(first)
-        wait_for(lambda: len(attempts_of(run_dir)) > 1 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 25, driver, 400)
+        wait_for(lambda: len(attempts_of(run_dir)) > 1 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 25, driver, 900)
         assert [workers for workers, _ in attempts_of(run_dir)] == [3, 2]
         nodes.add()
-        wait_for(lambda: attempts_of(run_dir)[-1][0] == 3 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 5, driver, 400)
+        wait_for(lambda: attempts_of(run_dir)[-1][0] == 3 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 5, driver, 900)
         (run_dir / "stop").touch()
-        assert driver.wait(300) == 0, (tmp_path / "driver.log").read_text()[-5000:]
+        assert driver.wait(600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
     told = (tmp_path / "driver.log").read_text()
     result = json.loads(told.strip().splitlines()[-1])
     assert (result["status"], result["world_size"]) == ("stopped", 3)

@@ -72,13 +72,18 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["workers=500"], ["workers", "500", "at most", "CPUs"]),
         (["workers=4", "cluster.logical_cpus=2"], ["cluster.logical_cpus", "4 workers × 1 + 2 for data = 6 CPUs"]),
         (["cluster.gpus_per_worker=64"], ["cluster.gpus_per_worker", "64", "cluster.gpus_per_worker=0"]),
+        (["workers=2..64", "checkpoint.every_steps=5", "cluster.gpus_per_worker=1"], ["at most", "64 workers"]),
+        (["workers=2..4", "checkpoint.every_steps=0"], ["checkpoint.every_steps", "at least 1 with workers=2..4"]),
+        (["output=s3://bucket/runs"], ["output", "checkpoint.storage=s3://"]),
         (["tracking.uri=file:///x"], ["tracking.uri", "sqlite"]),
         (["train.offload=true"], ["train.offload", "zero1"]),
         (["nonsense"], ["nonsense", "KEY=VALUE"]),
     ],
 )
 def test_a_wrong_configuration(shards: Path, capsys: pytest.CaptureFixture[str], changes: list[str], expected: list[str]) -> None:
+    begin = time.process_time()
     message = refused(["train", "coca", f"data.shards={shards}", *changes], capsys)
+    assert time.process_time() - begin < 5, "refused before anything heavy is begun"
     for part in expected:
         assert part in message
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diptych.cli import main
 from diptych.config import ConfigError, apply_overrides, load_recipe
-from diptych.pipelines import export, generate, pack
+from diptych.pipelines import export, generate, pack, tracking
 from diptych.pipelines.local import train_here
 from diptych.pipelines.trained import load_trained
 
@@ -69,6 +69,36 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(run_dir, tmp_path):
     stored.write_text(stored.read_text().replace(str(run_dir), "/nowhere"))
     (row,) = generate.run(str(tmp_path / "moved"), ["a red castle,"], device="cpu")["texts"]
     assert row == generate.run(str(run_dir), ["a red castle,"], device="cpu")["texts"][0]
+
+
+def test_a_registered_export_is_opened_by_mlflow_and_holds_no_pickle(run_dir, tmp_path, monkeypatch):
+    import mlflow
+    import pandas as pd
+
+    copy = tmp_path / "prompts"
+    shutil.copytree(run_dir, copy)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    store = tracking.client(uri)
+    run = store.create_run(store.create_experiment("registry", artifact_location=(tmp_path / "artifacts").as_uri()))
+    driver = json.loads((copy / "driver.json").read_text())
+    with pytest.raises(ConfigError, match="a run that was tracked in MLflow"):
+        export.run(str(copy), register="writer")
+    (copy / "driver.json").write_text(json.dumps(driver | {"run_id": run.info.run_id, "uri": uri}))
+    first, second = (export.run(str(copy), str(tmp_path / name), register="writer", track=False) for name in ("one", "two"))
+    assert (first["registered"], second["registered"]) == ("models:/writer/1", "models:/writer/2")
+    version = store.get_model_version("writer", "2")
+    assert (version.run_id, version.tags["diptych.checkpoint"]) == (run.info.run_id, second["checkpoint"])
+    assert store.get_run(run.info.run_id).info.status == "RUNNING", "as it was"
+    assert not list((tmp_path / "artifacts").rglob("*.pkl"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    try:
+        model = mlflow.pyfunc.load_model("models:/writer/2")
+        told = model.predict(pd.DataFrame({"prompt": ["a red castle,"]}), params={"max_new_tokens": 20})
+    finally:
+        mlflow.set_tracking_uri(None)
+    (row,) = generate.run(str(copy), ["a red castle,"], decoding=["max_new_tokens=20"], device="cpu")["texts"]
+    assert told == [row["text"]]
 
 
 def test_an_export_replaces_nothing_but_an_export(run_dir, tmp_path):

@@ -99,6 +99,27 @@ def test_runs_tells_the_living_from_the_dead(tmp_path: Path, dead_driver: str) -
     assert text.count("\n") >= 6
 
 
+def test_runs_are_compared_by_what_differs(tmp_path: Path, dead_driver: str) -> None:
+    from diptych.pipelines import runs_compare
+
+    for name, rate in (("one", 0.1), ("two", 0.2)):
+        run_dir = make_run(tmp_path, name, "finished", dead_driver)
+        stored = json.loads((run_dir / "config.json").read_text())
+        stored["optim"]["lr"] = rate
+        (run_dir / "config.json").write_text(json.dumps(stored))
+    answer = call("runs", str(tmp_path), "--compare", "one", "--compare", "two", "--json")
+    assert answer.returncode == 0, answer.stderr
+    told = json.loads(answer.stdout.strip().splitlines()[-1])
+    assert told["configuration"] == {"optim.lr": [0.1, 0.2]}
+    assert told["metrics"] == {"train/loss": [1.0, 1.0], "val/loss": [7.0, 7.0]}
+    assert "optim.lr" in answer.stderr
+    wrong = call("runs", str(tmp_path), "--compare", "three")
+    assert wrong.returncode == 2
+    assert "one, two" in wrong.stderr
+    with pytest.raises(ConfigError, match="a run that was tracked in MLflow"):
+        runs_compare.page(runs.run(str(tmp_path))["runs"][0])
+
+
 def test_a_damaged_configuration_does_not_hide_the_other_runs(tmp_path: Path, dead_driver: str) -> None:
     make_run(tmp_path, "good", "finished", dead_driver)
     (make_run(tmp_path, "cut", "finished", dead_driver) / "config.json").write_text('{"task": {')

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_distributed import run_workers
 from support_training import (
     PairConfig,
     PairTask,
@@ -150,6 +151,21 @@ def test_being_asked_to_stop_leaves_a_checkpoint_that_goes_on(tmp_path: Path) ->
     assert (result.status, result.step) == ("finished", 8)
     train_in(tmp_path / "b", config)
     assert_identical(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+
+
+def save_at_three(folder: str) -> list[str]:
+    """On each of two workers; only rank 1 has notice that its node is taken back."""
+    import torch.distributed as dist
+
+    asked = iter(range(100))
+    callbacks = Callbacks(should_save=lambda: next(asked) == 2 and dist.get_rank() == 1)
+    train_in(folder, pair_config(train__steps=6, checkpoint__every_steps=5), callbacks=callbacks)
+    return RunFolder(folder).names("checkpoints")
+
+
+def test_a_notice_on_one_worker_saves_at_once_and_training_goes_on(tmp_path: Path) -> None:
+    names = run_workers(save_at_three, 2, str(tmp_path))[0]
+    assert names == ["step_00000003-a0001", "step_00000005-a0001", "step_00000006-a0001"]
 
 
 def test_a_finished_run_stays_finished(tmp_path: Path) -> None:
