@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,17 @@ def attempts_of(run_dir: Path) -> list[tuple[int, int]]:
     return [(attempt.world_size, attempt.start_step) for attempt in read_attempts(RunFolder(str(run_dir))).values()]
 
 
-def start(arguments: list[str], cwd: Path, nodes: NodesOfRay) -> subprocess.Popen[str]:
+@contextmanager
+def start(arguments: list[str], cwd: Path, nodes: NodesOfRay) -> Iterator[subprocess.Popen[str]]:
+    """`diptych train coca …` on these nodes; gone at the end, whatever happens."""
     command = [sys.executable, "-m", "diptych.pipelines.train", "coca", *arguments, "--json"]
     with (cwd / "driver.log").open("w") as log:
-        return subprocess.Popen(command, cwd=cwd, env=os.environ | nodes.environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+        driver = subprocess.Popen(command, cwd=cwd, env=os.environ | nodes.environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 @pytest.mark.slow
@@ -144,15 +152,15 @@ def test_training_follows_the_nodes(
     changes: dict[str, Any] = {"workers": "2..3", "train__steps": 100_000, "train__strategy": strategy, "cluster__resize_seconds": 2}
     with nodes_of_ray(monkeypatch) as nodes:
         first, *_ = [nodes.add() for _ in range(3)]
-        driver = start(overrides(shards, "elastic", checkpoint__every_steps=20, **changes), tmp_path, nodes)
-        wait_for(lambda: logged_step(run_dir) >= 45, driver, 900)
-        nodes.kill(first)
-        wait_for(lambda: len(attempts_of(run_dir)) > 1 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 25, driver, 900)
-        assert [workers for workers, _ in attempts_of(run_dir)] == [3, 2]
-        nodes.add()
-        wait_for(lambda: attempts_of(run_dir)[-1][0] == 3 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 5, driver, 900)
-        (run_dir / "stop").touch()
-        assert driver.wait(600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
+        with start(overrides(shards, "elastic", checkpoint__every_steps=20, **changes), tmp_path, nodes) as driver:
+            wait_for(lambda: logged_step(run_dir) >= 45, driver, 900)
+            nodes.kill(first)
+            wait_for(lambda: len(attempts_of(run_dir)) > 1 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 25, driver, 900)
+            assert [workers for workers, _ in attempts_of(run_dir)] == [3, 2]
+            nodes.add()
+            wait_for(lambda: attempts_of(run_dir)[-1][0] == 3 and logged_step(run_dir) > attempts_of(run_dir)[-1][1] + 5, driver, 900)
+            (run_dir / "stop").touch()
+            assert driver.wait(600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
     told = (tmp_path / "driver.log").read_text()
     result = json.loads(told.strip().splitlines()[-1])
     assert (result["status"], result["world_size"]) == ("stopped", 3)
