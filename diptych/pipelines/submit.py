@@ -46,6 +46,8 @@ _NEVER_SENT = (
     ".ssh",
 )
 """Left out of every package, whatever the folder's own ignore files say: what is large, and what may hold secrets."""
+_AGENT_SECONDS = 60
+"""How long a cluster that has just started may have no agent for jobs yet."""
 _STOP_SECONDS = 120
 """How long a stopped job may take to write its checkpoint before Ray kills it; Ray's own default is 3 s."""
 _HOW_TO_AUTHENTICATE = (
@@ -159,16 +161,26 @@ def _first_line(error: Exception) -> str:
 
 
 def _submit(client: JobSubmissionClient, entrypoint: str, environment: dict[str, Any], name: str, working_dir: str) -> str:
-    try:
-        return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=name or None))
-    except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if "exceeds the maximum size" in text or "too large" in text.lower():
-            remedy = "Name what the job does not need: --exclude, .gitignore or .rayignore. Data belongs into shared storage."
-            raise ConfigError("--working-dir", working_dir, "a folder of at most 100 MiB", remedy) from None
-        if "already exists" in text:
-            raise ConfigError("--name", name, "a name that no job of this cluster has", "Leave it out to get a new one.") from None
-        raise ValueError(f"the cluster refused the job: {_first_line(error)}") from None
+    deadline = time.monotonic() + _AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=name or None))
+        except (RuntimeError, ValueError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise _refusal(error, name, working_dir) from None
+        note("the cluster is still starting; trying again")
+        time.sleep(3.0)
+
+
+def _refusal(error: Exception, name: str, working_dir: str) -> ValueError:
+    """What the user can do about a job that was not taken."""
+    text = str(error)
+    if "exceeds the maximum size" in text or "too large" in text.lower():
+        remedy = "Name what the job does not need: --exclude, .gitignore or .rayignore. Data belongs into shared storage."
+        return ConfigError("--working-dir", working_dir, "a folder of at most 100 MiB", remedy)
+    if "already exists" in text:
+        return ConfigError("--name", name, "a name that no job of this cluster has", "Leave it out to get a new one.")
+    return ValueError(f"the cluster refused the job: {_first_line(error)}")
 
 
 def follow(client: JobSubmissionClient, job: str) -> None:
