@@ -161,6 +161,17 @@ def ray_session(cpus: float, address: str = "", logical_cpus: int = 0) -> Iterat
         ray.shutdown()
 
 
+@contextmanager
+def joined(config: RunConfig) -> Iterator[None]:
+    """For a run on a cluster: join it and refuse what it has no room for, before the data are looked at, which may take long."""
+    if not joins_cluster(config):
+        yield
+        return
+    with ray_session(required_cpus(config), config.cluster.address):
+        preflight_cluster(config)
+        yield
+
+
 def _object_store_bytes() -> int:
     """A bounded share of memory, and never more than /dev/shm holds (else Ray falls back to slow files)."""
     import psutil

@@ -39,6 +39,11 @@ def run(config: RunConfig, parent_run_id: str | None = None, trial: Trial | None
     or `paused`. Raises `ConfigError` for what cannot start.
     """
     ray_context.preflight(config)
+    with ray_context.joined(config):
+        return _run(config, parent_run_id, trial)
+
+
+def _run(config: RunConfig, parent_run_id: str | None, trial: Trial | None) -> dict[str, Any]:
     if config.tracking.enabled:
         tracking.tracking_uri(config.tracking.uri)
     run_dir = runs_folder.run_folder(config)

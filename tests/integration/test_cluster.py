@@ -103,6 +103,13 @@ def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_pa
     assert (told["status"], told["exit_status"]) == ("SUCCEEDED", 0)
     assert set(final_bytes(tmp_path / "shared/runs/mine")) == {"model.safetensors", "optimizer.safetensors", "ema.safetensors"}
 
+    begin = time.monotonic()
+    missing = call(
+        [sys.executable, "-m", "diptych.pipelines.train", "coca", *mine, "cluster.gpus_per_worker=1"], checkout, **nodes.environment
+    )
+    assert missing.returncode == 2
+    assert "what the cluster can schedule: 2 GPU needed, 0 there" in missing.stderr
+    assert time.monotonic() - begin < 60, "5 s and what the imports take on a busy machine"
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert not files_with(SECRET, tmp_path / "shared", nodes.folder), "neither run, nor MLflow, nor Ray's logs and packages"
     assert not files_with(token, tmp_path / "shared", nodes.folder / "session_latest" / "logs")
