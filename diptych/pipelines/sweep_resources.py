@@ -14,7 +14,7 @@ from diptych.config import ConfigError, RunConfig
 from diptych.pipelines import ray_context
 
 DRIVER_GB = 1.0
-"""Resident memory of the sweep's process and of a local Ray's own, measured on a CPU."""
+"""Memory that is set aside for the sweep's process and a local Ray's own."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
 
 
 def _fit_alone(prepared: Prepared, run_dir: Path, trial: Trial, errors: list[BaseException]) -> None:
-    """A trial of one worker as one Ray task: no process group, and workers that later trials find warm, where Ray Train takes 20 s to start."""
+    """A trial of one worker as one Ray task: no group of workers has to come up, and later trials find its process warm."""
     import ray
 
     from diptych.pipelines.session import payload_of, train_alone

@@ -86,9 +86,7 @@ def run(definition: Definition, budget: Budget, *, at_once: int = 0, worker_gb: 
     places = _places(definition, planned, at_once, worker_gb)
     base = definition.base
     if base.tracking.enabled:
-        uri = tracking.tracking_uri(base.tracking.uri)
-        with suppress(Exception):  # A server that is away must not keep the sweep from starting; the trials say so themselves.
-            tracking.reconcile(uri)
+        tracking.tracking_uri(base.tracking.uri)
     former = _claim(folder)
     inputs = Inputs(folder.path / "inputs")
     facts = prepare(base, folder.path / "inputs" / "base", inputs).facts
@@ -155,6 +153,9 @@ def _drive(
     driver |= {"run_id": former.get("run_id", ""), "uri": former.get("uri", "")}
     # Before MLflow is asked, as for a run.
     runs_folder.write_driver(folder.path, driver)
+    with suppress(Exception):  # A server that is away is told of where the parent is made.
+        if base.tracking.enabled:
+            tracking.reconcile(tracking.tracking_uri(base.tracking.uri))
     tracker = SweepTracker(definition, folder.path, driver, facts) if base.tracking.enabled else None
     driver |= {"run_id": tracker.run_id if tracker else "", "uri": without_credentials(tracker.uri) if tracker else ""}
     runs_folder.write_driver(folder.path, driver)

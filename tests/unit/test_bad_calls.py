@@ -95,6 +95,24 @@ def test_wrong_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "config.json" in refused(["train", "coca", "--config", "missing.json"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["--space", "smoke: Four trials", "--vary KEY=VALUE"]),
+        (["--space", "smok"], ["Did you mean smoke"]),
+        (["--space", "smoke", "--method", "ash"], ["--method", "grid, random, asha, pbt, optuna"]),
+        (["--space", "smoke", "data.shards=nowhere/"], ["nowhere", "folder"]),
+        (["--space", "smoke", "--at-once", "64"], ["--at-once", "64", "a trial = 1 workers × 1 + 2 for data = 3 CPUs"]),
+        (["--vary", "seed=1,2", "--method", "pbt"], ["seed", "a clone goes on with its donor's samples"]),
+        (["--space", "smoke", "--resume", "name=never"], ["--resume", "never", "a sweep that has begun"]),
+    ],
+)
+def test_a_wrong_sweep(shards: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: list[str]) -> None:
+    message = refused(["tune", "coca", f"data.shards={shards}", *arguments], capsys)
+    for part in expected:
+        assert part.lower() in message.lower()
+
+
 def test_shards_without_captions(silent_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "captions" in refused(["train", "coca", f"data.shards={silent_shards}"], capsys)
 
