@@ -135,7 +135,7 @@ def _dream(actions: Actions, facts: PainterFacts) -> None:
 
 def _variation(actions: Actions, facts: PainterFacts) -> None:
     with gr.Row():
-        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=280, elem_id="vary-picture")
+        picture = _picture("vary-picture", 280)
         with gr.Column():
             prompt = gr.Textbox(label="What it shows (may be empty)", lines=2)
             fields = _settings("vary", facts, samples=2, strength=True)
@@ -190,7 +190,7 @@ def _keywords(actions: Actions, facts: PainterFacts | None) -> None:
 
 def _prompt_from_picture(actions: Actions, spec: StudioSpec) -> None:
     with gr.Row():
-        picture = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=320, elem_id="read-picture")
+        picture = _picture("read-picture", 320)
         with gr.Column():
             caption = gr.Textbox(
                 label=f"Caption by {Path(spec.captioner).name}",
@@ -201,8 +201,9 @@ def _prompt_from_picture(actions: Actions, spec: StudioSpec) -> None:
             )
             count = gr.Slider(1, 20, 5, step=1, label="Nearest prompts", visible=bool(spec.prompter))
             rows = gr.Dataframe(
-                headers=["prompt", "cosine"], label=f"Nearest prompts by {Path(spec.prompter).name}", visible=bool(spec.prompter)
-            )
+                headers=["prompt", "cosine"], label=f"Nearest prompts by {Path(spec.prompter).name}", visible=bool(spec.prompter),
+                elem_id="read-prompts", wrap=True, column_widths=["75%", "25%"],
+            )  # fmt: skip
             start = gr.Button("Read", variant="primary", elem_id="read-start")
 
     def read(path: str | None, most: int) -> Iterator[Any]:
@@ -228,6 +229,13 @@ def _gallery(actions: Actions, tab: Any) -> None:
 
     pictures.select(choose, None, [about, single], queue=False)
     every.click(actions.archive, None, every, queue=False)
+
+
+def _picture(identifier: str, height: int) -> Any:
+    """A field for a picture, which hands on the file as it came: what is no picture is then told in our words, not by a traceback."""
+    field = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=height, elem_id=identifier)
+    field.preprocess = lambda payload: payload.path if payload is not None else None
+    return field
 
 
 def _bytes(path: str | None) -> bytes:
