@@ -38,6 +38,13 @@ VERBS: dict[str, str] = {
     "doctor": "what this machine can do, what is missing",
 }
 
+_RESUME = {
+    **dict.fromkeys(("pack", "ingest", "index", "embed", "reorder", "cache"), "the same call goes on with what is missing"),
+    "generate": "with --shards the same call goes on with what is missing",
+    **dict.fromkeys(("train", "demo"), "the same call with the run's name goes on from its newest checkpoint (`diptych runs` lists names)"),
+}
+"""What a verb says at Ctrl-C."""
+
 _EXAMPLES = """\
 Examples:
   diptych demo
@@ -84,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     from diptych.pipelines import console
 
-    return console.guard(lambda: _application(arguments)(args=arguments, prog_name="diptych", standalone_mode=True))
+    return console.guard(
+        lambda: _application(arguments)(args=arguments, prog_name="diptych", standalone_mode=True),
+        _RESUME.get(arguments[0] if arguments else "", ""),
+    )
 
 
 def _application(arguments: list[str]) -> Any:

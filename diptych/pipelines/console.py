@@ -12,8 +12,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, soft_wrap=True)
 """For people. `NO_COLOR` and pipes are honoured by rich."""
@@ -26,8 +37,11 @@ def note(text: str) -> None:
     console.print(escape(text), highlight=False)
 
 
-def guard(action: Callable[[], Any]) -> int:
-    """Run `action` and turn its end into an exit status, with one clear message per kind of failure."""
+def guard(action: Callable[[], Any], resume: str = "") -> int:
+    """Run `action` and turn its end into an exit status, with one clear message per kind of failure.
+
+    `resume` says how to go on after Ctrl-C.
+    """
     from diptych.config import ConfigError
 
     try:
@@ -38,7 +52,7 @@ def guard(action: Callable[[], Any]) -> int:
         console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False)
         return EXIT_WRONG_CALL
     except KeyboardInterrupt:
-        note("interrupted")
+        note("interrupted" + (f"; {resume}" if resume else ""))
         return 130
     except Exception as error:
         if os.environ.get("DIPTYCH_TRACEBACK", "") or not isinstance(error, ValueError):
@@ -75,6 +89,15 @@ def show_faults(faults: list[dict[str, Any]], limit: int = 50) -> None:
             note(f"… and {len(faults) - limit} more (use --json for all)")
 
 
+class _Rate(ProgressColumn):
+    """Units a second, once there are any."""
+
+    def render(self, task: Task) -> Text:
+        """The rate as text."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar that yields `advance(n)`; silent where standard error is not a terminal."""
@@ -83,6 +106,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

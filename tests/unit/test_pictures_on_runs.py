@@ -1,0 +1,81 @@
+"""Pictures from real runs by the command line: files, scores by an exported CoCa, evaluation with the base beside a LoRA, one log."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support_runs import make_shards
+
+from diptych.cli import main
+from diptych.config import apply_overrides, load_recipe
+from diptych.pipelines import export
+from diptych.pipelines.local import train_here
+from diptych.trainers.picture_files import read_metadata
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """`painter` from scratch, `lora` on its export, `judge`: an exported coca run; all of a few steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    shards = make_shards(folder / "shards")
+
+    def train(name: str, task: str, *overrides: str) -> None:
+        common = [f"data.shards={shards}", "train.steps=2", "data.validation_share=0.2"]
+        train_here(apply_overrides(load_recipe(task, "smoke"), [*common, *overrides]), folder / name)
+
+    train("judge", "coca")
+    export.run(str(folder / "judge"))
+    train("painter", "stable_diffusion", "validation.samples=0")
+    export.run(str(folder / "painter"))
+    train(
+        "lora", "stable_diffusion", f"task.pretrained={folder}/painter/export", "task.train=lora", "task.tokenizer=", "validation.samples=8"
+    )
+    return folder
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    """The JSON that a verb prints."""
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--json"])
+    output = capsys.readouterr()
+    assert end.value.code == 0, output.err
+    return json.loads(output.out.splitlines()[-1])
+
+
+def test_generate_paints_scores_and_repeats(runs, tmp_path, capsys):
+    words = [
+        "generate",
+        f"{runs}/painter",
+        "--prompt",
+        "a red circle",
+        "--samples-per-prompt",
+        "2",
+        "--seed",
+        "5",
+        "--clip",
+        f"{runs}/judge",
+    ]
+    result = call(capsys, *words, "--out", str(tmp_path / "one"), "steps=2")
+    assert [row["seed"] for row in result["texts"]] == [5, 6]
+    assert all(row["clip_score"] >= 0 and row["model"] == "painter" for row in result["texts"])
+    again = call(capsys, *words, "--out", str(tmp_path / "two"), "steps=2")
+    pictures = [[np.asarray(Image.open(row["file"])) for row in each["texts"]] for each in (result, again)]
+    np.testing.assert_array_equal(*pictures)
+    assert (pictures[0][0] != pictures[0][1]).any()
+
+
+def test_evaluate_puts_the_base_beside_the_fine_tuned_in_one_log(runs, capsys):
+    words = ["evaluate", f"{runs}/painter", f"{runs}/lora", "--clip", f"{runs}/judge", "--pictures", "6", "steps=2"]
+    result = call(capsys, *words, "--samples", "8")
+    models = result["pictures"]["models"]
+    assert [model["model"] for model in models] == ["painter", "lora (base)", "lora"]
+    assert all({"clip_score", "cmmd", "fid_clip", "caption_match", "flagged_share"} <= model.keys() for model in models)
+    assert len(read_metadata(runs / "lora" / "evaluation" / "pictures")) == 6
+    with (runs / "model_log.csv").open(newline="") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["painter", "lora (base)", "lora"]
+    assert (runs / "model_log.html").read_text().count("data:image/jpeg") == 6
