@@ -29,7 +29,7 @@ from rich.text import Text
 console = Console(stderr=True, soft_wrap=True)
 """For people. `NO_COLOR` and pipes are honoured by rich."""
 
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_CALL = 0, 1, 2
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_CALL, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def note(text: str) -> None:
@@ -47,13 +47,16 @@ def guard(action: Callable[[], Any], resume: str = "") -> int:
     try:
         action()
     except SystemExit as end:
+        # Typer turns Ctrl-C into this exit without a word.
+        if end.code == EXIT_INTERRUPTED:
+            note("interrupted" + (f"; {resume}" if resume else ""))
         return end.code if isinstance(end.code, int) else EXIT_FAILED
     except ConfigError as error:
         console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False)
         return EXIT_WRONG_CALL
     except KeyboardInterrupt:
         note("interrupted" + (f"; {resume}" if resume else ""))
-        return 130
+        return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get("DIPTYCH_TRACEBACK", "") or not isinstance(error, ValueError):
             traceback.print_exc()
