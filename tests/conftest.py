@@ -46,7 +46,10 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "
 _NEEDS = {
     "gpu": (Path("/dev/nvidia0").exists, "no NVIDIA GPU"),
     "compiler": (lambda: bool(shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), "no C++ compiler"),
-    "browser": (lambda: bool(shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")), "no Chromium"),
+    "browser": (
+        lambda: bool(shutil.which("chromedriver") and any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))),
+        "no Chromium with its driver",
+    ),
 }
 
 

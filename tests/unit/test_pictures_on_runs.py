@@ -24,17 +24,16 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     shards = make_shards(folder / "shards")
 
-    def train(name: str, task: str, *overrides: str) -> None:
-        common = [f"data.shards={shards}", "train.steps=2", "data.validation_share=0.2"]
-        train_here(apply_overrides(load_recipe(task, "smoke"), [*common, *overrides]), folder / name)
+    def train(name: str, task: str, recipe: str, *overrides: str) -> None:
+        common = [f"data.shards={shards}", "train.steps=2", "data.validation_share=0.2", "train.precision=fp32"]
+        train_here(apply_overrides(load_recipe(task, recipe), [*common, *overrides]), folder / name)
 
-    train("judge", "coca")
+    train("judge", "coca", "smoke")
     export.run(str(folder / "judge"))
-    train("painter", "stable_diffusion", "validation.samples=0")
+    train("painter", "stable_diffusion", "smoke", "validation.samples=0")
     export.run(str(folder / "painter"))
-    train(
-        "lora", "stable_diffusion", f"task.pretrained={folder}/painter/export", "task.train=lora", "task.tokenizer=", "validation.samples=8"
-    )
+    small = ["task.image_size=16", "task.context_length=16", "task.show_count=0", "validation.samples=8"]
+    train("lora", "stable_diffusion", "lora_reports", f"task.pretrained={folder}/painter/export", *small)
     return folder
 
 
