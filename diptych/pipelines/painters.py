@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diptych.trainers.pictures import Painter
 
 PICTURE_TASKS = ("stable_diffusion", "dalle2_prior", "dalle2_decoder")
-_COMBINATIONS = "one run of stable_diffusion, or one of dalle2_prior and one of dalle2_decoder"
+_COMBINATIONS = "one run of stable_diffusion, or one of dalle2_decoder, with one of dalle2_prior to paint prompts"
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def painter_spec(
 
     folders = [find_run(run) for run in runs]
     tasks = tuple(_config(folder).task.name for folder in folders)
-    if sorted(tasks) not in (["stable_diffusion"], ["dalle2_decoder", "dalle2_prior"]):
+    if sorted(tasks) not in (["stable_diffusion"], ["dalle2_decoder"], ["dalle2_decoder", "dalle2_prior"]):
         raise ConfigError("RUN", " ".join(runs), _COMBINATIONS, f"These are runs of {', '.join(tasks)}.")
-    if "dalle2_prior" in tasks and not clip:
+    if "dalle2_decoder" in tasks and not clip:
         remedy = "Name the model that `diptych embed` made their embeddings with."
         raise ConfigError("--clip", clip, "the CLIP whose embeddings prior and decoder were trained on", remedy)
     return PainterSpec(tuple(str(folder) for folder in folders), tasks, _whole_name(clip), checkpoint, averaged, device)
@@ -147,8 +147,8 @@ def open_painter(spec: PainterSpec) -> Painter:
     from diptych.trainers.tasks.dalle2_decoder import Dalle2DecoderTask
     from diptych.trainers.tasks.dalle2_prior import Dalle2PriorTask
 
-    prior, decoder = tasks["dalle2_prior"], tasks["dalle2_decoder"]
-    assert isinstance(prior, Dalle2PriorTask)
+    prior, decoder = tasks.get("dalle2_prior"), tasks["dalle2_decoder"]
+    assert prior is None or isinstance(prior, Dalle2PriorTask)
     assert isinstance(decoder, Dalle2DecoderTask)
 
     def tokenize(name: str, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

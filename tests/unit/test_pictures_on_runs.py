@@ -7,15 +7,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from support_runs import make_shards
 
+from diptych.batches import ImageNeed, Needs
 from diptych.cli import main
-from diptych.config import apply_overrides, load_recipe
+from diptych.config import DataConfig, apply_overrides, load_recipe
+from diptych.datasets.manifest import open_manifest
+from diptych.datasets.reader import SampleSource, read_rows
 from diptych.pipelines import export
 from diptych.pipelines.local import train_here
+from diptych.pipelines.painters import open_embedder
 from diptych.trainers.picture_files import read_metadata
+from diptych.trainers.picture_metrics import embed_captions, embed_pictures
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,26 @@ def runs(tmp_path_factory) -> Path:
     export.run(str(folder / "painter"))
     small = ["task.image_size=16", "task.context_length=16", "task.show_count=0", "validation.samples=8"]
     train("lora", "stable_diffusion", "lora_reports", f"task.pretrained={folder}/painter/export", *small)
+    vectors = embeddings(shards, str(folder / "judge" / "export"), folder / "emb")
+    for task in ("dalle2_prior", "dalle2_decoder"):
+        train(task, task, "smoke", f"data.embeddings={vectors}", "validation.samples=0")
+    return folder
+
+
+def embeddings(shards: Path, clip: str, folder: Path) -> Path:
+    """Embeddings of the shards in clip-retrieval's layout, as `diptych embed` writes them."""
+    embedder, manifest = open_embedder(clip), open_manifest(str(shards))
+    rows = np.arange(manifest.samples)
+    table = manifest.rows(rows, ["key", "caption"])
+    size = embedder.pixels(Image.new("RGB", (32, 32))).shape[0]
+    images = read_rows(SampleSource.of(manifest, None, DataConfig()), rows, rows, Needs(image=ImageNeed(size)), 0).arrays["image"]
+    captions = table["caption"].to_pylist()
+    for part in ("img_emb", "text_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
+    np.save(folder / "img_emb" / "img_emb_0.npy", embed_pictures(embedder, images).astype(np.float16))
+    np.save(folder / "text_emb" / "text_emb_0.npy", embed_captions(embedder, captions).astype(np.float16))
+    about = pd.DataFrame({"image_path": table["key"].to_pylist(), "caption": captions})
+    about.to_parquet(folder / "metadata" / "metadata_0.parquet")
     return folder
 
 
@@ -66,6 +92,42 @@ def test_generate_paints_scores_and_repeats(runs, tmp_path, capsys):
     pictures = [[np.asarray(Image.open(row["file"])) for row in each["texts"]] for each in (result, again)]
     np.testing.assert_array_equal(*pictures)
     assert (pictures[0][0] != pictures[0][1]).any()
+
+
+def test_prior_and_decoder_dream_vary_and_inpaint(runs, tmp_path, capsys):
+    models = [f"{runs}/dalle2_prior", f"{runs}/dalle2_decoder"]
+    words = ["--clip", f"{runs}/judge", "--seed", "3", "steps=2"]
+    dreamt = call(capsys, "generate", *models, *words, "--prompt", "a red circle", "--out", str(tmp_path / "dream"))
+    (row,) = dreamt["texts"]
+    assert row["model"] == "dalle2_prior + dalle2_decoder"
+    side = Image.open(row["file"]).width
+    picture = np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
+    keep = np.zeros((side, side), np.uint8)
+    keep[: side // 2] = 255
+    Image.fromarray(picture).save(tmp_path / "in.png")
+    Image.fromarray(keep).save(tmp_path / "keep.png")
+    source = ["--init-image", str(tmp_path / "in.png")]
+    varied = call(capsys, "generate", models[1], *words, *source, "--samples-per-prompt", "2", "--out", str(tmp_path / "vary"))
+    one, other = (np.asarray(Image.open(each["file"])) for each in varied["texts"])
+    assert (one != other).any()
+    call(
+        capsys,
+        "generate",
+        *models,
+        *words,
+        *source,
+        "--mask",
+        str(tmp_path / "keep.png"),
+        "--prompt",
+        "a star",
+        "--out",
+        str(tmp_path / "mask"),
+    )
+    (made,) = (np.asarray(Image.open(path)) for path in (tmp_path / "mask").glob("*.png"))
+    np.testing.assert_array_equal(made[keep > 0], picture[keep > 0])
+    found = call(capsys, "evaluate", *models, "--clip", f"{runs}/judge", "--pictures", "4", "--samples", "4", "--shards", f"{runs}/shards",
+                 "--embeddings", f"{runs}/emb", "steps=2")["pictures"]["models"]  # fmt: skip
+    assert [model["model"] for model in found] == ["dalle2_prior + dalle2_decoder"]
 
 
 def test_evaluate_puts_the_base_beside_the_fine_tuned_in_one_log(runs, capsys):
