@@ -130,13 +130,14 @@ def test_prior_and_decoder_dream_vary_and_inpaint(runs, tmp_path, capsys):
     assert [model["model"] for model in found] == ["dalle2_prior + dalle2_decoder"]
 
 
-def test_evaluate_puts_the_base_beside_the_fine_tuned_in_one_log(runs, capsys):
-    words = ["evaluate", f"{runs}/painter", f"{runs}/lora", "--clip", f"{runs}/judge", "--pictures", "6", "steps=2"]
+def test_evaluate_puts_the_base_beside_the_fine_tuned_in_one_log(runs, tmp_path, capsys):
+    log = tmp_path / "log.csv"
+    words = ["evaluate", f"{runs}/painter", f"{runs}/lora", "--clip", f"{runs}/judge", "--pictures", "6", "--log", str(log), "steps=2"]
     result = call(capsys, *words, "--samples", "8")
     models = result["pictures"]["models"]
     assert [model["model"] for model in models] == ["painter", "lora (base)", "lora"]
     assert all({"clip_score", "cmmd", "fid_clip", "caption_match", "flagged_share"} <= model.keys() for model in models)
     assert len(read_metadata(runs / "lora" / "evaluation" / "pictures")) == 6
-    with (runs / "model_log.csv").open(newline="") as file:
+    with log.open(newline="") as file:
         assert [row["model"] for row in csv.DictReader(file)] == ["painter", "lora (base)", "lora"]
-    assert (runs / "model_log.html").read_text().count("data:image/jpeg") == 6
+    assert log.with_suffix(".html").read_text().count("data:image/jpeg") == 6
