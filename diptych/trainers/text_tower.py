@@ -42,7 +42,9 @@ class TextTower:
         """int64 `[B, L]`, bool `[B, L]` → float32 `[B, L, D]`, zeros where the mask is False: that says padding to dalle2-pytorch."""
         if next(self.model.parameters()).device != tokens.device:
             self.model.to(tokens.device)
-        return self._states(tokens, mask).float().masked_fill(~mask[..., None], 0.0)
+        # In fp32, as when pictures are made: whatever the task that reads them computes in.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self._states(tokens, mask).float().masked_fill(~mask[..., None], 0.0)
 
 
 def text_tower(name: str, width: int | None, key: str) -> TextTower | None:

@@ -96,8 +96,9 @@ class DeepSpeedStrategy:
             backend = "nccl" if self.world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         for parameter in self.task.parameters():
-            # DeepSpeed sends parameters as rows of bytes, which weights with channels last are not.
-            parameter.data = parameter.data.contiguous()
+            # DeepSpeed sends parameters as rows of bytes, which weights with channels last are not. `contiguous` would leave those of
+            # 1×1 convolutions as they are.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         with scalars_carried(self.task):
             engine, *_ = deepspeed.initialize(
                 model=Entry(self.task, self.precision),
