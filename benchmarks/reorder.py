@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-reorder"))
+    parser.add_argument("--only", choices=["ours", "peer"], nargs="+", default=["ours", "peer"])
     parser.add_argument("--side", choices=["ours", "peer"])
     parser.add_argument("--source", type=Path)
     parser.add_argument("--out", type=Path)
@@ -149,7 +150,7 @@ def main() -> None:
         source = arguments.work / f"source-{rows}"
         shutil.rmtree(source, ignore_errors=True)
         generate(source, rows, arguments.dim)
-        for side in ("ours", "peer"):
+        for side in arguments.only:
             found = [measure(side, source, arguments.work / "out", rows) for _ in range(arguments.repeat)]
             best = min(found, key=lambda one: one["seconds"])
             peak = max(one["peak_mb"] for one in found)
