@@ -75,6 +75,10 @@ class DeepSpeedStrategy:
         if config.train.compile and self.stage == 3:
             raise ConfigError("train.compile", True, "false under train.strategy=zero3", "Use zero2, or leave compilation off.")
         prepare_task(config, task)
+        for parameter in task.parameters():
+            # DeepSpeed views weights as bytes, which torch refuses where channels come last (and for kernels of one pixel then, too).
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.parameters = trainable(task)
         self.engine = self._initialise()
         self.partitions = Partitions(self.engine.optimizer, self.stage)
