@@ -134,6 +134,8 @@ class OptimConfig(Config):
     """Adam's decay rates."""
     eps: float = pydantic.Field(1e-8, gt=0)
     """Adam's epsilon."""
+    eight_bit: bool = False
+    """Moments in 8 bits (bitsandbytes, the extra `gpu`): a quarter of the memory. GPUs and `train.strategy=ddp` only."""
     weight_decay: float = pydantic.Field(0.01, ge=0)
     """Decoupled decay of matrices; gains and biases are not decayed."""
     warmup_steps: int = pydantic.Field(0, ge=0)

@@ -8,34 +8,36 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
-from pydantic import BeforeValidator
 
 from diptych import provenance
 from diptych.batches import CachedNeed, ImageNeed, Needs, TokenNeed
-from diptych.config import Config, ConfigError, DataConfig, OptimConfig, Paths, RunConfig, TaskConfig, TrainConfig, ValidationConfig
-
-
-def _integers(value: Any) -> Any:
-    return tuple(int(part) for part in value.split(",") if part) if isinstance(value, str) else value
-
-
-Channels = Annotated[tuple[int, ...], BeforeValidator(_integers)]
-"""Channels of each level, from the finest; on the command line separated by commas."""
+from diptych.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    Integers,
+    OptimConfig,
+    Paths,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 class SdArchitecture(Config):
     """Sizes of a model of one's own, used without `task.pretrained`."""
 
-    channels: Channels = (64, 128)
+    channels: Integers = (64, 128)
     """Channels of each level of the U-Net, from the finest."""
     layers: int = pydantic.Field(2, ge=1)
     """Residual blocks of each level."""
     heads: int = pydantic.Field(4, ge=1)
     """Attention heads of each level."""
-    vae_channels: Channels = (32, 64, 64)
+    vae_channels: Integers = (32, 64, 64)
     """Channels of each level of the VAE; n levels make latents of 1 / 2^(n-1) of the picture's side."""
     vae_layers: int = pydantic.Field(1, ge=1)
     """Residual blocks of each level of the VAE."""
@@ -281,7 +283,7 @@ def scenes() -> RunConfig:
         ),
         data=DataConfig(validation_share=0.05),
         optim=OptimConfig(lr=2e-3, warmup_steps=50, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
-        train=TrainConfig(steps=900, global_batch_size=64, log_every=25),
+        train=TrainConfig(steps=750, global_batch_size=64, log_every=25),
         validation=ValidationConfig(every_steps=250, samples=128, batch_size=64),
     )
 

@@ -28,11 +28,15 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
     return floor + (config.lr - floor) * left
 
 
-def adamw(task: Task, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the task's parameter groups (PyTorch's; Loshchilov and Hutter, 2019)."""
+def adamw(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the task's parameter groups (PyTorch's, or bitsandbytes' under `eight_bit`; Loshchilov and Hutter, 2019)."""
     groups = task.parameter_groups(config.weight_decay)
     if not groups:
         raise ConfigError("task", f"{task.name} without trainable parameters", "at least one", "Nothing could be learned: unfreeze some.")
+    if config.eight_bit:
+        from diptych.trainers.eight_bit import adamw_8bit
+
+        return adamw_8bit(groups, config)
     # On a CPU torch would otherwise take a dozen small operations for each parameter: a fifth of the step of a small model.
     fused = True if all(parameter.device.type == "cpu" for parameter in task.parameters()) else None
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import pydantic
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
-from diptych.config import Config, ConfigError
+from diptych.config import Config, ConfigError, Numbers
 from diptych.trainers import randomness
 
 Mode = Literal["text", "variation", "inpaint"]
@@ -50,18 +49,12 @@ class PictureRequest:
         return "text" if self.image is None else "variation"
 
 
-def _numbers(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(float(part) for part in value.split(",") if part)
-    return (value,) if isinstance(value, int | float) else value
-
-
 class PictureSettings(Config):
     """How pictures are sampled, the same for all requests of a call; zero and empty take the painter's own defaults."""
 
     steps: int = pydantic.Field(0, ge=0)
     """Denoising steps of each stage; 0 = the painter's default."""
-    guidance: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = ()
+    guidance: Numbers = ()
     """Classifier-free guidance, one number for all stages or one for each (separated by commas); 1 = the conditional model alone,
     empty = the painter's default."""
     sampler: str = ""

@@ -19,14 +19,17 @@ _AT_ONCE = 8
 """Pictures that are made together."""
 
 
-def show_pictures(task: StableDiffusionTask, batch: Batch) -> Table:
+def show_pictures(task: StableDiffusionTask, batch: Batch) -> Table | None:
     """A table of prompts, a grid of one seed over them (true picture where known, base, now) and a grid of seeds for each.
 
     The base is what the run started from, the model without adapters or `task.pretrained` again; its pictures are made once.
+    None without prompts: captions that are cached as states cannot be read back.
     """
     config = task.config
     prompts = list(config.show_prompts) or _captions(task, batch)
     prompts = prompts[: config.show_count]
+    if not prompts:
+        return None
     settings = PictureSettings(steps=config.show_steps, guidance=(config.show_guidance,))
     requests = [PictureRequest(prompt, seed) for prompt in prompts for seed in range(config.show_count)]
     now = _paint(SdPainter(task), requests, settings)

@@ -98,3 +98,10 @@ def test_averages_switched_on_later_start_from_the_weights(tmp_path: Path) -> No
     assert state is not None
     assert set(state.ema) == {name for name, _ in strategy.task.named_parameters()}
     assert torch.allclose(state.ema["head.weight"], before.weights["head.weight"], atol=1e-6)
+
+
+def test_eight_bit_moments_need_a_gpu():
+    config = pair_config(optim__eight_bit=True)
+    with pytest.raises(ConfigError, match=r"cluster\.gpus_per_worker") as caught:
+        adamw(PairTask(config.task, 0), config.optim)
+    assert caught.value.key == "optim.eight_bit"

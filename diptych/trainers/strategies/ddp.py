@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diptych.config import RunConfig
+from diptych.trainers.eight_bit import read_moments, write_moments
 from diptych.trainers.ema import Ema
 from diptych.trainers.optim import adamw, clip_gradients, set_learning_rate
 from diptych.trainers.precision import Precision, resolve_precision
@@ -132,6 +133,7 @@ class DDPStrategy:
             # A parameter that never had a gradient has no moments yet; under ZeRO it has zeros.
             fresh = dict.fromkeys(MOMENTS, torch.zeros_like(parameter)) | {"step": torch.zeros(())}
             known = self.optimizer.state.get(parameter) or fresh
+            known = read_moments(known) if "state1" in known else known
             optimizer |= {f"{key}/{name}": known[key] for key in (*MOMENTS, "step")}
         averages = dict(zip(self.parameters, self.ema.average, strict=True)) if self.ema is not None else {}
         return TrainState(
@@ -144,6 +146,9 @@ class DDPStrategy:
         for name, parameter in self.parameters.items():
             if f"step/{name}" in state.optimizer:
                 kept = {key: state.optimizer[f"{key}/{name}"].to(self.world.device, copy=True) for key in MOMENTS}
+                if self.config.optim.eight_bit:
+                    write_moments(self.optimizer, parameter, kept, float(state.optimizer[f"step/{name}"]))
+                    continue
                 self.optimizer.state[parameter] = {"step": state.optimizer[f"step/{name}"].float().clone()} | kept
         if self.ema is not None:
             averages = dict(zip(self.parameters, self.ema.average, strict=True))

@@ -74,6 +74,10 @@ class DeepSpeedStrategy:
         self.scale = LossScale() if self.precision.name == "fp16" else None
         if config.train.compile and self.stage == 3:
             raise ConfigError("train.compile", True, "false under train.strategy=zero3", "Use zero2, or leave compilation off.")
+        if config.optim.eight_bit:
+            raise ConfigError(
+                "optim.eight_bit", True, "false under DeepSpeed", "ZeRO partitions the moments instead; or set train.strategy=ddp."
+            )
         prepare_task(config, task)
         for parameter in task.parameters():
             # DeepSpeed views weights as bytes, which torch refuses where channels come last (and for kernels of one pixel then, too).
