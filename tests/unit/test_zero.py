@@ -245,6 +245,16 @@ def test_compilation_under_zero3_is_refused_with_the_remedy():
     assert "zero2" in message
 
 
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_compiled_task_learns_the_same_as_one_that_is_not(tmp_path, stage):
+    runs = [("plain", {"train__strategy": "ddp"}), ("compiled", {"train__strategy": stage, "train__compile": True})]
+    run_workers(attempts, 2, str(tmp_path), [(name, {"train__steps": 4} | changes) for name, changes in runs], deadline_seconds=500)
+    assert losses_by_step(tmp_path / "plain") == pytest.approx(losses_by_step(tmp_path / "compiled"), abs=1e-4)
+    assert max(differences(final_state(tmp_path / "plain"), final_state(tmp_path / "compiled")).values()) < 1e-4
+
+
 def twenty_steps(names: list[str], strategies: list[str]) -> dict[tuple[str, str], tuple[list[float], Any]]:
     """Losses of 20 steps of each task under each strategy, layer dropout off, and the state after them."""
     found = {}
