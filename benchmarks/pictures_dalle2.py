@@ -10,24 +10,21 @@ minutes of two cores. Interrupted training goes on in the next call; its time is
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from scene_judge import CANDIDATES, held_out_captions, timed, train, train_judge, verdict, write_scenes
+from scene_judge import judge, timed, train, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import embed, export
-from diptych.pipelines.console import show_table
-from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.clip_embedder import Embedder, parse_model
 from diptych.trainers.dalle2_painter import Dalle2Painter
 from diptych.trainers.pictures import PictureRequest, PictureSettings
 from diptych.trainers.precision import resolve_precision
 
-_SCENES, _HELD_OUT, _AT_ONCE, _SHARE = 4_800, 200, 50, 0.1
+_SCENES, _AT_ONCE, _SHARE = 4_800, 50, 0.1
 
 
 def paint(out: Path, captions: list[str], seed: int = 0) -> np.ndarray:
@@ -53,22 +50,7 @@ def main(out: Path, overrides: list[str]) -> bool:
     spent = timed(out, "prior", lambda: train(apply_overrides(load_recipe("dalle2_prior", "demo"), common), out / "prior"))
     config = apply_overrides(load_recipe("dalle2_decoder", "scenes"), [*common, *overrides])
     spent += timed(out, "decoder", lambda: train(config, out / "decoder"))
-    train_judge(shards, out / "judge", _SHARE)
-    captions = held_out_captions(shards, _HELD_OUT, _SHARE)
-    pictures = paint(out, captions)
-    matched, cosine = verdict(out / "judge", pictures, captions)
-    shuffled, _ = verdict(out / "judge", np.roll(pictures, 1, axis=0), captions)
-    write_grid(out / "grid.jpg", pictures[:32])
-    figures = {
-        "matched": float(matched.mean()),
-        "times_chance": float(matched.mean()) * CANDIDATES,
-        "matched_to_the_next_caption": float(shuffled.mean()),
-        "cosine": float(cosine.mean()),
-        "training_minutes_of_two_cores": spent / 120,
-    }
-    show_table(f"{len(captions)} held-out captions, 1 of {CANDIDATES}", ["figure", "value"], [[k, f"{v:.3f}"] for k, v in figures.items()])
-    print(json.dumps(figures))
-    return figures["times_chance"] >= 20 and figures["training_minutes_of_two_cores"] <= 20
+    return judge(out, shards, _SHARE, lambda captions: paint(out, captions), spent)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,20 @@ took more than 20 minutes of two cores. Interrupted training goes on in the next
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from scene_judge import CANDIDATES, held_out_captions, timed, train, train_judge, verdict, write_scenes
+from scene_judge import judge, timed, train, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
-from diptych.pipelines.console import show_table
 from diptych.pipelines.export import run as export
-from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.pictures import PictureRequest, PictureSettings
 from diptych.trainers.precision import resolve_precision
 from diptych.trainers.sd_painter import SdPainter
 
-_SCENES, _HELD_OUT, _AT_ONCE = 8_000, 200, 50
+_SCENES, _AT_ONCE = 8_000, 50
 _SETTINGS = PictureSettings(steps=25, guidance=(3.0,), sampler="dpm++")
 
 
@@ -47,23 +44,7 @@ def main(out: Path, overrides: list[str]) -> bool:
     export(str(out / "vae"), str(out / "exported_vae"), track=False)
     config = apply_overrides(load_recipe("stable_diffusion", "scenes"), [*common, f"task.vae={out / 'exported_vae'}", *overrides])
     spent += timed(out, "unet", lambda: train(config, out / "unet"))
-    share = config.data.validation_share
-    train_judge(shards, out / "judge", share)
-    captions = held_out_captions(shards, _HELD_OUT, share)
-    pictures = paint(out / "unet", captions)
-    matched, cosine = verdict(out / "judge", pictures, captions)
-    shuffled, _ = verdict(out / "judge", np.roll(pictures, 1, axis=0), captions)
-    write_grid(out / "grid.jpg", pictures[:32])
-    figures = {
-        "matched": float(matched.mean()),
-        "times_chance": float(matched.mean()) * CANDIDATES,
-        "matched_to_the_next_caption": float(shuffled.mean()),
-        "cosine": float(cosine.mean()),
-        "training_minutes_of_two_cores": spent / 120,
-    }
-    show_table(f"{len(captions)} held-out captions, 1 of {CANDIDATES}", ["figure", "value"], [[k, f"{v:.3f}"] for k, v in figures.items()])
-    print(json.dumps(figures))
-    return figures["times_chance"] >= 20 and figures["training_minutes_of_two_cores"] <= 20
+    return judge(out, shards, config.data.validation_share, lambda captions: paint(out / "unet", captions), spent)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,16 @@ from diptych.datasets.manifest import open_manifest
 from diptych.datasets.scenes import samples
 from diptych.datasets.shards import ShardWriter
 from diptych.datasets.tokens import load_tokenizer
+from diptych.pipelines.console import show_table
 from diptych.pipelines.local import train_here
+from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 
 _PER_SHARD, _SEED = 1000, 77
 CANDIDATES = 100
 """Captions that a picture is matched among; chance is one of them."""
+HELD_OUT = 200
+"""Captions that pictures are made of."""
 
 
 def write_scenes(folder: Path, count: int, size: int = 64) -> None:
@@ -91,3 +95,26 @@ def train(config: RunConfig, run: Path) -> None:
     """`train_here`, refusing a run that did not finish."""
     result = train_here(config, run)
     assert result["status"] == "finished", result
+
+
+def judge(out: Path, shards: Path, share: float, paint: Callable[[list[str]], np.ndarray], cpu_seconds: float) -> bool:
+    """Have pictures of `HELD_OUT` captions by `paint` judged: prints the figures, keeps a grid in `out`; whether both targets are met.
+
+    `share` is `data.validation_share` of the runs, `cpu_seconds` what their training took.
+    """
+    train_judge(shards, out / "judge", share)
+    captions = held_out_captions(shards, HELD_OUT, share)
+    pictures = paint(captions)
+    matched, cosine = verdict(out / "judge", pictures, captions)
+    shuffled, _ = verdict(out / "judge", np.roll(pictures, 1, axis=0), captions)
+    write_grid(out / "grid.jpg", pictures[:32])
+    figures = {
+        "matched": float(matched.mean()),
+        "times_chance": float(matched.mean()) * CANDIDATES,
+        "matched_to_the_next_caption": float(shuffled.mean()),
+        "cosine": float(cosine.mean()),
+        "training_minutes_of_two_cores": cpu_seconds / 120,
+    }
+    show_table(f"{len(captions)} held-out captions, 1 of {CANDIDATES}", ["figure", "value"], [[k, f"{v:.3f}"] for k, v in figures.items()])
+    print(json.dumps(figures))
+    return figures["times_chance"] >= 20 and figures["training_minutes_of_two_cores"] <= 20
