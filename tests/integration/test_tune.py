@@ -110,6 +110,10 @@ def test_asha_stops_the_worse_and_tracks_all(shards: Path, ray_session: Any) -> 
     artifacts = {item.path for item in MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).list_artifacts(result["run_id"])}
     assert {"best.json", "table.csv", "sweep.html", "grid.jpg"} <= artifacts
     assert runs[result["run_id"]].data.metrics["best/val/loss"] == pytest.approx(best["value"])
+    from diptych.pipelines import evaluate
+
+    figures = evaluate.run([best["run_dir"]], samples=8, track=False)["metrics"]
+    assert figures["loss"] > 0, "a trial is a run like any other"
     shared = list((Path(result["sweep_dir"]) / "inputs").glob("tokenizer-*"))
     assert len(shared) == 1, "one tokenizer for all"
 
