@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest scale reorder dedup text prompts clip_vit coca pictures_sd pictures_dalle2 sd_steps
+BENCH ?= ingest scale kernels reorder dedup text prompts clip_vit coca pictures_sd pictures_dalle2 sd_steps
 PROMPTS ?= ../shared/data/prompts.txt
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_prompts = $(PROMPTS) runs/bench-prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SHORT_ATTENTION = 256
+SHORT_ATTENTION = 160
 """Tokens up to which torch's fused attention is slower than plain matrix products in bf16 on a CPU, backward pass included."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -91,8 +91,8 @@ def _cpu_flags() -> set[str]:
 def fast_attention(precision: Precision, tokens: int | None) -> Iterator[None]:
     """The faster kernel of `scaled_dot_product_attention` for training over at most `tokens` (None = not known).
 
-    In bf16 on a CPU the fused kernel's backward pass takes 6 to 12 times as long as matrix products at 17 tokens, 1.6 times at 128, and
-    0.6 of it at 512. Set for the whole process, because checkpointed segments run again in the backward pass, in another thread.
+    In bf16 on a CPU the fused kernel takes 6 to 12 times as long as matrix products at 17 tokens, backward pass included, 1.6 times at 128,
+    and 0.7 of it at 256 (`benchmarks/kernels.py`). Set for the whole process, because checkpointed segments run again in the backward pass, in another thread.
     """
     if precision.device_type != "cpu" or precision.name == "fp32" or tokens is None or tokens > SHORT_ATTENTION:
         yield
