@@ -184,3 +184,34 @@ def test_training_follows_the_nodes(
 
     write_trace(alone, open_manifest(str(shards)))
     assert rows == trace_of(alone), "by the same samples"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_node_that_is_taken_back_with_notice(monkeypatch: pytest.MonkeyPatch, environment: None, shards: Path, tmp_path: Path) -> None:
+    """The notice makes a checkpoint, long before the next one is due; the node goes, and the run goes on from there."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    run_dir = tmp_path / "runs" / "warned"
+    changes: dict[str, Any] = {
+        "workers": "1..2",
+        "train__steps": 100_000,
+        "checkpoint__every_steps": 50_000,
+        "cluster__resize_seconds": 600,
+    }
+    with nodes_of_ray(monkeypatch) as nodes:
+        _, second = nodes.add(), nodes.add()
+        with start(overrides(shards, "warned", **changes), tmp_path, nodes) as driver:
+            wait_for(lambda: logged_step(run_dir) >= 20, driver, 900)
+            assert not list(run_dir.glob("checkpoints/step_*"))
+            words = ["--node-id", second.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            drain = ["ray", "drain-node", "--address", str(nodes.cluster.address), *words, "--deadline-remaining-seconds", "30"]
+            answer = call(drain, tmp_path)
+            assert answer.returncode == 0, answer.stdout + answer.stderr
+            wait_for(lambda: bool(list(run_dir.glob("checkpoints/step_*"))), driver, 120)
+            nodes.kill(second)
+            wait_for(lambda: len(attempts_of(run_dir)) > 1, driver, 900)
+            assert attempts_of(run_dir)[1][1] >= 20, "from the notice's checkpoint, not from the beginning"
+            (run_dir / "stop").touch()
+            assert driver.wait(600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
+    rows = trace_of(run_dir)
+    assert [slot for _, slot, _, _ in rows] == list(range(len(rows)))

@@ -54,7 +54,7 @@ def slow_reader(seconds: float) -> None:
     time.sleep(seconds)
 
 
-@pytest.mark.parametrize(("how", "words"), [("slow", "slow_reader"), ("stopped", "silent for")])
+@pytest.mark.parametrize(("how", "words"), [("slow", "slow_reader"), pytest.param("stopped", "silent for", marks=pytest.mark.slow)])
 def test_the_worker_that_hangs_is_named(how: str, words: str) -> None:
     told = run_workers(hang, 3, how)
     for rank in (0, 2):
