@@ -160,7 +160,7 @@ def _painted(
     spec: PaintSpec, parts: Sequence[Part], call: PictureCall, advance: Callable[[int], None]
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Rows of each part as it is done, in this process or by Ray Data actors."""
-    from diptych.pipelines.paint_worker import PaintWorker
+    from diptych.pipelines.paint_worker import PaintWorker, PooledPainter
 
     actors = min(_actors(call), len(parts))
     if not parts:
@@ -175,25 +175,14 @@ def _painted(
     with ray_session(actors + 1) as ray:
         tasks = ray.data.from_items([part.row() for part in parts], override_num_blocks=len(parts))
         pool = ray.data.ActorPoolStrategy(size=actors)
-        done = tasks.map(PaintWorker, fn_constructor_args=(spec,), compute=pool, num_cpus=1, num_gpus=call.gpus_per_worker or None)
+        done = tasks.map(PooledPainter, fn_constructor_args=(spec,), compute=pool, num_cpus=1, num_gpus=call.gpus_per_worker or None)
         done.context.enable_progress_bars = done.context.print_on_execution_start = done.context.enable_auto_log_stats = False
-        try:
-            for row in done.iter_rows():
-                rows = json.loads(row["rows"])
-                advance(len(rows))
-                yield rows
-        except Exception as error:
-            raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What an actor raised, out of what Ray wraps around it."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ConfigError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+        for row in done.iter_rows():
+            if row["refused"]:
+                raise ConfigError(*json.loads(row["refused"]))
+            rows = json.loads(row["rows"])
+            advance(len(rows))
+            yield rows
 
 
 def _actors(call: PictureCall) -> int:

@@ -142,11 +142,6 @@ class PaintWorker:
         size = spec.settings.size or self.painter.size
         self.image, self.mask = read_source(spec.image, spec.mask, size, invert=spec.invert_mask)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Paint and write one part; a row of Ray Data in and out."""
-        part = Part.of(row)
-        return {"number": part.number, "rows": json.dumps(self.write(part), default=str)}
-
     def write(self, part: Part, advance: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
         """Paint and write one part; what is to be said of each picture, with `file` and `fault`."""
         if self.spec.samples_per_shard:
@@ -203,6 +198,31 @@ class PaintWorker:
             if len(requests) == 1:
                 return [(None, str(error))]
             return [made for request in requests for made in self._attempt([request])]
+
+
+class PooledPainter:
+    """A `PaintWorker` in a pool of Ray Data, which hands on what is refused as a row: Ray would bury it among tracebacks."""
+
+    def __init__(self, spec: PaintSpec) -> None:
+        self.worker: PaintWorker | None = None
+        self.refusal: ConfigError | None = None
+        try:
+            self.worker = PaintWorker(spec)
+        except ConfigError as error:
+            self.refusal = error
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Paint and write one part; a row of Ray Data in and out, with `refused` where there is a `ConfigError`."""
+        part, rows = Part.of(row), []
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            assert self.worker is not None
+            rows = self.worker.write(part)
+        except ConfigError as error:
+            refused = json.dumps([error.key, str(error.received), error.allowed, error.remedy])
+            return {"number": part.number, "rows": "[]", "refused": refused}
+        return {"number": part.number, "rows": json.dumps(rows, default=str), "refused": ""}
 
 
 def _jpeg(image: np.ndarray) -> bytes:
