@@ -145,7 +145,8 @@ class DDPStrategy:
         copy_into(self._model_tensors(), state.weights, "model.safetensors")
         for name, parameter in self.parameters.items():
             if f"step/{name}" in state.optimizer:
-                kept = {key: state.optimizer[f"{key}/{name}"].to(self.world.device, copy=True) for key in MOMENTS}
+                # In the parameter's own memory format: the fused optimizer pairs elements by their place in memory.
+                kept = {key: torch.empty_like(parameter).copy_(state.optimizer[f"{key}/{name}"]) for key in MOMENTS}
                 if self.config.optim.eight_bit:
                     write_moments(self.optimizer, parameter, kept, float(state.optimizer[f"step/{name}"]))
                     continue
