@@ -249,7 +249,7 @@ def scenes_vae() -> RunConfig:
 
     Source: none; sized for a laptop. Command: diptych train stable_diffusion --recipe scenes_vae data.shards=SHARDS name=vae, then
     diptych export vae exported/vae
-    Hardware: 2 CPU cores with AMX, about a minute. Expected: pictures that can hardly be told from their reconstruction.
+    Hardware: 2 CPU cores with AMX, minutes. Expected: the reconstruction error falls; look at the pictures beside their reconstructions.
     """
     return RunConfig(
         task=StableDiffusionConfig(train="vae", architecture=_SCENES, image_size=32),
@@ -264,8 +264,8 @@ def scenes() -> RunConfig:
     """A text-to-image model of 4.5 million parameters that learns the demo's scenes from scratch, on the VAE of `scenes_vae`.
 
     Source: none; sized for a laptop. Command: diptych train stable_diffusion --recipe scenes data.shards=SHARDS task.vae=exported/vae
-    Hardware: 2 CPU cores with AMX, about a quarter of an hour. Expected: pictures of held-out captions that a captioner trained apart
-    matches to their caption, 1 of 100, at least 20 times as often as by chance.
+    Hardware: 2 CPU cores with AMX. Expected, and measured by benchmarks/pictures_sd.py: a captioner trained apart matches pictures of held-out
+    captions to their caption, 1 of 100, at least 20 times as often as by chance, after at most 20 minutes.
     """
     return RunConfig(
         task=StableDiffusionConfig(
