@@ -9,7 +9,9 @@ the remedy.
 from __future__ import annotations
 
 import abc
+import contextlib
 import difflib
+import functools
 import importlib
 import json
 import pkgutil
@@ -339,13 +341,28 @@ def build(cls: type[C], data: dict[str, Any], prefix: str = "") -> C:
 
 
 def apply_overrides(config: C, overrides: Iterable[str]) -> C:
-    """Return `config` with each `dotted.key=value` applied. Values are read as JSON where they parse, else as text."""
+    """Return `config` with each `dotted.key=value` applied, all at once if need be. Values are read as JSON where they parse, else as text."""
+    changes: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError("KEY=VALUE", override, "a dotted configuration key, '=', and a value", "Example: train.steps=200")
-        config = _set_text(config, key.strip(), text)
-    return config
+        changes[key.strip()] = text
+    try:
+        return functools.reduce(lambda changed, item: _set_text(changed, *item), changes.items(), config)
+    except ConfigError:
+        with contextlib.suppress(ConfigError, KeyError, AttributeError):
+            return _set_together(config, {key: _parse(text) for key, text in changes.items()})
+        raise
+
+
+def _set_together(config: C, changes: dict[str, Any]) -> C:
+    """`config` with all of `changes` made at once, then validated: a model and its tokenizer are right only together."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    for name in {key.partition(".")[0] for key in changes}:
+        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.partition(".")[0] == name}
+        fields[name] = _set_together(fields[name], inner) if isinstance(fields[name], Config) else inner[""]
+    return build(type(config), fields)
 
 
 def _set_text(config: C, key: str, text: str) -> C:

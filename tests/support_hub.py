@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+_REPOSITORY = re.compile(r"/api/(datasets|models)/")
 
 
 class Hub(ThreadingHTTPServer):
@@ -68,11 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             self.server.repositories[name] = request
             self._answer(200, {"url": f"{self.server.url}/datasets/{name}"})
-        elif path.startswith("/api/datasets/") and "/preupload/" in path:
+        elif _REPOSITORY.match(path) and "/preupload/" in path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self._answer(200, {"files": files})
-        elif path.startswith("/api/datasets/") and "/commit/" in path:
-            repository = path.removeprefix("/api/datasets/").partition("/commit/")[0]
+        elif _REPOSITORY.match(path) and "/commit/" in path:
+            repository = _REPOSITORY.sub("", path).partition("/commit/")[0]
             stored = self.server.files.setdefault(repository, {})
             for line in body.splitlines():
                 entry = json.loads(line)
@@ -81,8 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"commitUrl": f"{self.server.url}/datasets/{repository}/commit/1", "commitOid": "1" * 40})
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
-        elif path.startswith("/api/datasets/"):
-            self._answer(200, {"id": path.removeprefix("/api/datasets/").partition("/revision/")[0], "sha": "0" * 40, "siblings": []})
+        elif _REPOSITORY.match(path):
+            self._answer(200, {"id": _REPOSITORY.sub("", path).partition("/revision/")[0], "sha": "0" * 40, "siblings": []})
         else:
             self.server.unknown.append(f"{self.command} {path}")
             self._answer(404, {"error": "not found"})

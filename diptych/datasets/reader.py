@@ -179,6 +179,8 @@ def _read_tokens(manifest: Manifest, need: TokenNeed, found: _Found) -> tuple[np
     captions = manifest.rows(found.rows, ["caption"])["caption"]
     for index in np.flatnonzero(pc.is_null(captions).to_numpy()).tolist():
         found.add(index, "missing_member", "no caption: its text member is missing, empty or not UTF-8")
+    for index in np.flatnonzero(pc.equal(pc.utf8_trim_whitespace(captions), "").fill_null(False).to_numpy()).tolist():
+        found.add(index, "blank_caption", "its caption is white space alone")
     return load_tokenizer(need.tokenizer).encode(captions.fill_null("").to_pylist(), need.length)
 
 

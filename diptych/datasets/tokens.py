@@ -7,7 +7,7 @@ The end token is an id of its own, so that a model learns where to stop.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,14 +34,24 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(token ids int64 [B, length], mask bool [B, length]: True on start, text and end)."""
         vocabulary = self.vocabulary
-        cleaned = [self._clean(text) for text in texts] if self._clean else list(texts)
         ids = np.full((len(texts), length), vocabulary.pad, np.int64)
         filled = np.zeros(len(texts), np.int64)
-        for row, encoding in enumerate(self.backend.encode_batch(cleaned, add_special_tokens=False)):
-            inner = encoding.ids[: length - 2]
+        for row, inner in enumerate(self._inner(texts)):
+            inner = inner[: length - 2]
             filled[row] = len(inner) + 2
             ids[row, : filled[row]] = [vocabulary.start, *inner, vocabulary.end]
         return ids, np.arange(length) < filled[:, None]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, start and end included, before any cut."""
+        return [len(inner) + 2 for inner in self._inner(texts)]
+
+    def _inner(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Ids of each text alone. A start or end token that stands in the text is left out: it would end the text in its middle."""
+        cleaned = [self._clean(text) for text in texts] if self._clean else list(texts)
+        special = {self.vocabulary.start, self.vocabulary.end}
+        for encoding in self.backend.encode_batch(cleaned, add_special_tokens=False):
+            yield encoding.ids if special.isdisjoint(encoding.ids) else [token for token in encoding.ids if token not in special]
 
 
 @lru_cache(maxsize=8)

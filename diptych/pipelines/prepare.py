@@ -22,8 +22,12 @@ from diptych.pipelines.console import note, progress
 if TYPE_CHECKING:
     from diptych.datasets.cached import CacheJoin
     from diptych.datasets.embeddings import EmbeddingJoin
+    from diptych.datasets.keep import Selection
     from diptych.datasets.manifest import Manifest
     from diptych.datasets.stream import StreamSpec
+
+_SURVEYED = 2000
+"""Captions that are looked at to tell how many are cut."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +105,49 @@ def join_caches(config: RunConfig, manifest: Manifest, needs: Needs, folder: Pat
     return joins
 
 
-def with_tokenizer(config: RunConfig, manifest: Manifest, folder: Path, shared: Inputs | None) -> RunConfig:
-    """Train the tokenizer that `task.tokenizer=train:SIZE` asks for on the captions, once per run, or once for all that share it."""
+def with_tokenizer(config: RunConfig, manifest: Manifest, train: Selection, folder: Path, shared: Inputs | None) -> RunConfig:
+    """Train the tokenizer that `task.tokenizer=train:SIZE` asks for on the captions to train on, once per run, or once for all that share it."""
     spec = str(getattr(config.task, "tokenizer", ""))
     if not spec.startswith("train:"):
         return config
     if not (folder / "tokenizer.json").is_file():
         if shared is None:
-            _train_tokenizer(manifest, int(spec.removeprefix("train:")), folder)
+            _train_tokenizer(manifest, train, int(spec.removeprefix("train:")), folder)
         else:
-            make = partial(_train_tokenizer, manifest, int(spec.removeprefix("train:")))
+            make = partial(_train_tokenizer, manifest, train, int(spec.removeprefix("train:")))
             # A run folder can be moved or copied by itself, so each has its own copy.
-            shutil.copytree(shared.once("tokenizer", (spec, manifest.digest), make), folder, dirs_exist_ok=True)
+            shutil.copytree(shared.once("tokenizer", (spec, train.digest), make), folder, dirs_exist_ok=True)
     return set_path(config, "task.tokenizer", str(folder))
 
 
-def _train_tokenizer(manifest: Manifest, size: int, folder: Path) -> Path:
+def _check_texts(config: RunConfig, manifest: Manifest, train: Selection) -> None:
+    """Say how many texts are longer than the task holds, from a sample of them, and refuse a tokenizer that cannot be loaded."""
+    need = config.task.needs().tokens
+    if need is None:
+        return
+    import numpy as np
+
+    from diptych.datasets.tokens import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(need.tokenizer)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        key, reason = "task.tokenizer" if getattr(config.task, "tokenizer", "") else "task.model", str(error).splitlines()[0]
+        raise ConfigError(key, need.tokenizer, "a hub name or a folder with a Hugging Face tokenizer", reason) from None
+    places = np.unique(np.linspace(0, train.samples - 1, min(train.samples, _SURVEYED)).astype(np.int64))
+    texts = [text for text in manifest.rows(train[places], ["caption"])["caption"].to_pylist() if text]
+    cut = sum(length > need.length for length in tokenizer.lengths(texts))
+    if cut:
+        about = "of all" if len(places) == train.samples else f"of {len(texts):,} looked at"
+        note(f"{cut:,} {about} captions are longer than {need.length} tokens and are cut to that")
+
+
+def _train_tokenizer(manifest: Manifest, train: Selection, size: int, folder: Path) -> Path:
     from diptych.datasets.tokens import train_tokenizer
 
-    captions: Any = manifest.column("caption")
+    captions: Any = manifest.column("caption") if train.rows is None else manifest.rows(train.rows, ["caption"])["caption"]
     with progress("training the tokenizer", None):
         train_tokenizer(filter(None, captions.to_pylist()), size, folder)
     return folder
@@ -150,10 +178,11 @@ def prepare(config: RunConfig, run_dir: Path, shared: Inputs | None = None) -> P
     task = config.task.resolve(facts)
     task.check_data(facts)
     config = config.model_copy(update={"task": task})
-    config = with_tokenizer(config, manifest, inputs / "tokenizer", shared)
     train, held_out = select(manifest, data.keep, data.validation_share, data.split_seed)
     if not train.samples:
         raise ConfigError("data.keep", list(data.keep), "keep-lists that leave at least one sample", "Check them with `diptych keep`.")
+    config = with_tokenizer(config, manifest, train, inputs / "tokenizer", shared)
+    _check_texts(config, manifest, train)
     source = SampleSource.of(manifest, joined, data, caches)
     specs = {
         name: StreamSpec.of(source, selection.save(inputs / f"{name}.npy"), config, finite=name == "validation")

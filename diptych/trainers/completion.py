@@ -78,7 +78,11 @@ class Completer:
     def _encode(self, prompt: str, number: int) -> list[int]:
         """Ids as training saw them: the start token, if there is one, then the text without the space at its end."""
         start = self.tokenizer.bos_token_id
-        ids = ([] if start is None else [start]) + self.tokenizer(prompt.rstrip(), add_special_tokens=False)["input_ids"]
+        text = self.tokenizer(prompt.rstrip(), add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        if end in text:
+            raise ValueError(f"prompt {number} holds {self.tokenizer.convert_ids_to_tokens(end)}, which ends a text: leave it out")
+        ids = ([] if start is None else [start]) + text
         if not ids:
             raise ValueError(f"prompt {number} is empty and the tokenizer has no start token; give it at least one word")
         if len(ids) >= self.positions:

@@ -117,6 +117,21 @@ def test_shards_without_captions(silent_shards: Path, capsys: pytest.CaptureFixt
     assert "captions" in refused(["train", "coca", f"data.shards={silent_shards}"], capsys)
 
 
+def test_a_tokenizer_or_a_model_that_is_not_there(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["train", "gpt2", "--recipe", "smoke", f"data.shards={shards}"]
+    assert f"task.tokenizer: received '{tmp_path}/none'" in refused([*call, f"task.tokenizer={tmp_path}/none"], capsys)
+    assert f"task.model: received '{tmp_path}/none'" in refused([*call, f"task.model={tmp_path}/none", "task.tokenizer="], capsys)
+
+
+def test_captions_that_will_be_cut_are_counted(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diptych.config import apply_overrides, load_recipe
+    from diptych.pipelines.prepare import prepare
+
+    config = apply_overrides(load_recipe("gpt2", "smoke"), [f"data.shards={shards}", "task.length=5", "data.validation_share=0"])
+    prepare(config, tmp_path / "run")
+    assert "12 of all captions are longer than 5 tokens and are cut to that" in capsys.readouterr().err
+
+
 def test_embeddings_that_do_not_fit(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["train", "dalle2_prior", f"data.shards={shards}"]
     assert "data.embeddings" in refused(call, capsys)

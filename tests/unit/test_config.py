@@ -299,3 +299,14 @@ def test_workers_are_a_number_or_a_range(given: str, stored: int | str, least: i
 def test_other_workers_are_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=r"workers: received .*a whole number from 1 on, or a range such as 2\.\.8"):
         apply_overrides(load_recipe("coca", "smoke"), [f"workers={given}"])
+
+
+def test_values_that_are_right_only_together_are_accepted_in_any_order() -> None:
+    config = load_recipe("gpt2", "smoke")
+    for overrides in (["task.model=gpt2", "task.tokenizer="], ["task.tokenizer=", "train.steps=7", "task.model=gpt2"]):
+        task = apply_overrides(config, overrides).task
+        assert (task.model, task.tokenizer) == ("gpt2", "")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"task.tokenizer: received ''"):
+        apply_overrides(config, ["task.tokenizer=", "train.steps=7"])
+    with pytest.raises(ConfigError, match=r"task.modle"):
+        apply_overrides(config, ["task.modle=gpt2", "task.tokenizer="])

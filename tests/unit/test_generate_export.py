@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from support_hub import hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diptych.cli import main
@@ -110,6 +114,18 @@ def test_an_export_replaces_nothing_but_an_export(run_dir, tmp_path):
     with pytest.raises(ConfigError, match="an earlier export"):
         export.run(str(run_dir), str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_pushed_export_arrives_whole_and_private(run_dir, tmp_path):
+    with hub() as server:
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "diptych.pipelines.export", str(run_dir), str(tmp_path / "out"), "--push-to-hub", "me/prompts"]
+        answer = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, timeout=120, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout.splitlines()[-1])["pushed"].endswith("me/prompts")
+        request, files = server.repositories["me/prompts"], server.files["me/prompts"]
+    assert request.get("private") is True or request.get("visibility") == "private"
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_hub_that_refuses_leaves_the_export(run_dir, tmp_path, monkeypatch):

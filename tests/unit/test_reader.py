@@ -29,6 +29,7 @@ BAD = {
     3: "undecodable_image",
     7: "missing_member",
     10: "missing_member",
+    12: "blank_caption",
     13: "nan_embedding",
     17: "zero_embedding",
     20: "missing_embedding",
@@ -50,6 +51,8 @@ def sample(number: int) -> dict:
         del made["jpg"]
     if number == 10:
         del made["txt"]
+    if number == 12:
+        made["txt"] = " \n"
     return made
 
 

@@ -176,6 +176,8 @@ def test_texts_stop_at_the_models_positions(completer):
 def test_wrong_prompts_are_named(completer):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         completer.complete(["a", " "], Decoding())
+    with pytest.raises(ValueError, match="prompt 1 holds <end>, which ends a text"):
+        completer.complete(["a", "ab<end>c"], Decoding())
     with pytest.raises(ValueError, match="prompt 0 has 80 tokens, the model holds 64"):
         completer.complete(["a" * 80], Decoding())
 

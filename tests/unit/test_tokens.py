@@ -48,6 +48,14 @@ def test_every_row_starts_and_ends_and_the_rest_is_padding(bpe: str, text: str, 
     assert vocabulary.end != vocabulary.pad
 
 
+def test_special_tokens_in_a_text_do_not_end_it(bpe: str) -> None:
+    tokenizer = load_tokenizer(bpe)
+    plain, marked = (tokenizer.encode([text], 20)[0][0].tolist() for text in ("a red circle", "<start>a red<end> circle<end>"))
+    assert plain == marked
+    assert plain.count(tokenizer.vocabulary.end) == 1
+    assert tokenizer.lengths(["a red circle", ""]) == [plain.index(tokenizer.vocabulary.end) + 1, 2]
+
+
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp")), max_size=20))
 @settings(deadline=None, max_examples=60)
 def test_bytes_survive_the_round_trip(bpe: str, text: str) -> None:
