@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 import threading
 from pathlib import Path
 
@@ -234,6 +235,9 @@ def limited(folder: str) -> None:
     def stream(first: int):
         for share in stream_from(config, 0, 1, first):
             if share.step == 5:
+                # The writer is behind the loop: the checkpoint before the disk fills must be whole.
+                while checkpoint_name(4, 1) not in RunFolder(folder).names("checkpoints"):
+                    time.sleep(0.01)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             yield share
 
