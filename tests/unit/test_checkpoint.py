@@ -8,8 +8,8 @@ import os
 import pickle
 import resource
 import signal
-import time
 import threading
+import time
 from pathlib import Path
 
 import pytest
