@@ -264,7 +264,7 @@ def scenes() -> RunConfig:
     """A text-to-image model of 4.5 million parameters that learns the demo's scenes from scratch, on the VAE of `scenes_vae`.
 
     Source: none; sized for a laptop. Command: diptych train stable_diffusion --recipe scenes data.shards=SHARDS task.vae=exported/vae
-    Hardware: 2 CPU cores with AMX. Expected, and measured by benchmarks/pictures_sd.py: a captioner trained apart matches pictures of held-out
+    Hardware: 2 CPU cores with AMX. Expected, a goal that benchmarks/pictures_sd.py checks: a captioner trained apart matches pictures of held-out
     captions to their caption, 1 of 100, at least 20 times as often as by chance, after at most 20 minutes.
     """
     return RunConfig(
