@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import difflib
-import functools
 import importlib
 import json
 import pkgutil
@@ -348,12 +347,22 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
         if not separator or not key.strip():
             raise ConfigError("KEY=VALUE", override, "a dotted configuration key, '=', and a value", "Example: train.steps=200")
         changes[key.strip()] = text
-    try:
-        return functools.reduce(lambda changed, item: _set_text(changed, *item), changes.items(), config)
-    except ConfigError:
-        with contextlib.suppress(ConfigError, KeyError, AttributeError):
-            return _set_together(config, {key: _parse(text) for key, text in changes.items()})
-        raise
+    while changes:
+        refused: dict[str, ConfigError] = {}
+        for key, text in changes.items():
+            try:
+                config = _set_text(config, key, text)
+            except ConfigError as error:
+                refused[key] = error
+        if len(refused) == len(changes):
+            break
+        # What was refused may be right beside what stood after it.
+        changes = {key: changes[key] for key in refused}
+    else:
+        return config
+    with contextlib.suppress(ConfigError, KeyError, AttributeError):
+        return _set_together(config, {key: _parse(text) for key, text in changes.items()})
+    raise next(iter(refused.values()))
 
 
 def _set_together(config: C, changes: dict[str, Any]) -> C:
