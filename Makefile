@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest scale kernels reorder dedup text prompts clip_vit coca pictures_sd pictures_dalle2 sd_steps
+BENCH ?= ingest scale kernels reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps kills real_sizes
 PROMPTS ?= ../shared/data/prompts.txt
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_prompts = $(PROMPTS) runs/bench-prompts
@@ -27,6 +27,9 @@ ARGS_kills = runs/bench-kills
 ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
 SIZES ?= clip
 ARGS_embed = ../shared/data/pomological
+ARGS_page =
+# Where figures are recorded; RESULTS= records nothing.
+RESULTS ?= benchmarks/results
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-all lint format bench docs pins clean
@@ -67,10 +70,13 @@ format: $(STAMP)  ## Format and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(addprefix bench-,$(BENCH))  ## The figures that are quoted, each beside its peer (BENCH="ingest scale" chooses)
+bench: $(STAMP)  ## The figures that are quoted, each beside its peer, then their page (BENCH="ingest scale" chooses)
+	@failed=; for name in $(BENCH); do $(MAKE) --no-print-directory bench-$$name || failed="$$failed $$name"; done; \
+	$(BIN)/python benchmarks/page.py $(if $(RESULTS),--results $(RESULTS)) || exit; \
+	test -z "$$failed" || { echo "failed, or missed a goal:$$failed" >&2; exit 1; }
 
 bench-%: $(STAMP)
-	$(BIN)/python benchmarks/$*.py $(ARGS_$*)
+	$(BIN)/python benchmarks/$*.py $(ARGS_$*) $(if $(RESULTS),--results $(RESULTS))
 
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

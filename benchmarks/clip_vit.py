@@ -8,11 +8,13 @@ this process. Exit status 1 if the cosine is less than 0.1 above the mean target
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+from _results import Results, Row, add_option
 from scene_shards import write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -30,7 +32,7 @@ def data(out: Path) -> None:
     embed.run(str(out / "shards"), str(out / "embeddings"), {"model": f"sentence:{get_model_path()}", "modality": "text"})
 
 
-def main(out: Path, overrides: list[str]) -> bool:
+def main(out: Path, overrides: list[str], results: Results) -> bool:
     data(out)
     paths = [f"data.shards={out / 'shards'}", f"data.embeddings={out / 'embeddings'}"]
     config = apply_overrides(load_recipe("clip_vit", "scenes"), [*paths, "checkpoint.every_steps=50", *overrides])
@@ -43,9 +45,18 @@ def main(out: Path, overrides: list[str]) -> bool:
         ["figure", "value"],
         [[key, f"{value:.4f}"] for key, value in metrics.items()],
     )
+    case, mean = f"CLIP-ViT, 3,000 scenes, {config.train.steps} steps", metrics["mean_target_cosine"]
+    results.add(Row(f"{case}: cosine above that of always predicting the mean target", "", [metrics["cosine"] - mean], at_least=0.1))
+    results.add(Row(f"{case}: held-out cosine", "", [metrics["cosine"]], "the mean target", [mean], headline=True))
+    results.finish()
     print(json.dumps(metrics))
     return metrics["cosine"] >= metrics["mean_target_cosine"] + 0.1
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), sys.argv[2:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)

@@ -9,12 +9,14 @@ every token.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from _results import Results, Row, add_option
 from scene_shards import write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -58,7 +60,7 @@ def equal_captions(run: Path) -> tuple[int, int]:
     return same, count
 
 
-def main(out: Path, overrides: list[str]) -> bool:
+def main(out: Path, overrides: list[str], results: Results) -> bool:
     write_scenes(out / "shards", 12_000, 64)
     config = apply_overrides(load_recipe("coca", "scenes"), [f"data.shards={out / 'shards'}", "checkpoint.every_steps=250", *overrides])
     started = time.monotonic(), time.process_time()
@@ -68,9 +70,26 @@ def main(out: Path, overrides: list[str]) -> bool:
     same, count = equal_captions(out / "run")
     metrics |= {"same_without_cache": same / count, "train_seconds": seconds[0], "train_cpu_seconds": seconds[1]}
     show_table(f"{count} held-out scenes", ["figure", "value"], [[key, f"{value:.4f}"] for key, value in metrics.items()])
+    case = f"CoCa, 12,000 scenes, {config.train.steps} steps"
+    results.add(
+        Row(f"{case}: exact match of greedy captions, {count} held-out scenes", "", [metrics["exact_match"]], at_least=0.6, headline=True)
+    )
+    results.add(Row(f"{case}: captions that are the same without the cache", "", [metrics["same_without_cache"]], at_least=1.0))
+    # A call that goes on with an earlier one's run trained only a part of it.
+    if metrics["train_seconds"] > 1:
+        results.add(Row(f"{case}: processor time of this call's training", "s", [metrics["train_cpu_seconds"]]))
+    for key in sorted(metrics):
+        if key.endswith(("_r1", "_r5")):
+            results.add(Row(f"{case}: {key}", "", [metrics[key]]))
+    results.finish()
     print(json.dumps(metrics))
     return metrics["exact_match"] >= 0.6 and same == count
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), sys.argv[2:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)

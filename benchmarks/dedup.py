@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _results import Results, Row, Size, add_option
 
 THRESHOLD = 0.9
 
@@ -112,6 +113,26 @@ def peak_megabytes() -> float:
     return int(line.split()[1]) / 1024
 
 
+def record(results: Results, runs: dict[str, list[dict[str, Any]]], rows: int, dim: int) -> None:
+    """Ours alone and beside each peer that was measured."""
+    case, ours = f"dedup, {rows:,} rows × {dim}", runs.get("ours")
+    if not ours:
+        return
+    seconds, size = [run["seconds"] for run in ours], Size(f"dedup, {dim} columns", "rows", rows)
+    for side, name in (("flat", "faiss, every row against every row"), ("seed", "the seed's faiss index of 5 lists")):
+        if side in runs:
+            theirs = [run["seconds_all"] for run in runs[side]]
+            results.add(Row(f"{case}, beside {name}", "s", seconds, name, theirs, less=True, headline=True, size=size))
+            recalls = [[run["recall"] for run in found] for found in (ours, runs[side])]
+            results.add(Row(f"{case}, beside {name}: recall of planted pairs", "", recalls[0], name, recalls[1]))
+    if len(runs) == 1:
+        results.add(Row(case, "s", seconds, size=size))
+    results.add(Row(f"{case}: recall of planted pairs", "", [run["recall"] for run in ours], at_least=0.99))
+    results.add(Row(f"{case}: lowest cosine of a pair found", "", [run["lowest_cosine"] for run in ours], at_least=THRESHOLD))
+    results.add(Row(f"{case}: peak memory", "MB", [run["peak_mb"] for run in ours]))
+    results.finish()
+
+
 def main() -> None:
     """Generate once, measure each side in a process of its own, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,6 +143,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "flat", "seed"], nargs="+", default=["ours", "flat", "seed"])
     parser.add_argument("--side", choices=["ours", "flat", "seed"])
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--repeat", type=int, default=1, help="rounds in which the sides take turns; the last one is printed")
+    add_option(parser)
     arguments = parser.parse_args()
     if arguments.side:
         planted = np.load(arguments.work / "planted.npy")
@@ -140,16 +163,19 @@ def main() -> None:
         np.save(work / "planted.npy", planted)
         np.save(work / "vectors.npy", vectors)
         del vectors
-    results = {}
-    for side in arguments.only:
+    results: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for side in arguments.only * arguments.repeat:
         command = [sys.executable, __file__, "--side", side, "--work", str(work), "--probes", str(arguments.probes)]
         command += ["--sampled", str(arguments.sampled)]
         environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
         answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
         results[side] = json.loads(answer.splitlines()[-1])
+        runs.setdefault(side, []).append(results[side])
         print(side, json.dumps(results[side], indent=2), flush=True)
     if not arguments.work:
         shutil.rmtree(work)
+    record(Results(__file__, arguments.results), runs, arguments.rows, arguments.dim)
     print(json.dumps({"benchmark": "dedup", "rows": arguments.rows, "dim": arguments.dim, "threshold": THRESHOLD, "results": results}))
 
 

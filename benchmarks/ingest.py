@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _results import Results, Row, add_option
 from PIL import Image
 
 BATCH = 64
@@ -250,7 +251,7 @@ def fresh(name: str, options: argparse.Namespace, folder: Path) -> dict[str, flo
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def compare(options: argparse.Namespace, folder: Path, results: Results) -> tuple[dict[str, Any], bool]:
     """All contenders in turns; rates, ratios, and whether every goal is met."""
     names = list(dict.fromkeys(name for goal in GOALS for name in goal[:2]))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -269,14 +270,27 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     for one, other, goal, what in GOALS:
         ratio = statistics.median(rates[one]) / statistics.median(rates[other])
         ratios[f"{one}/{other}"], met = ratio, met and ratio >= goal
+        _record(results, runs, (one, other, goal, what), f"{options.size}² JPEG → {options.target}²")
         print(f"  {one} / {other} {what}: {ratio:.2f} (goal: at least {goal}) {'met' if ratio >= goal else 'MISSED'}")
     return {"rates": rates, "ratios": ratios}, met
 
 
-def memory(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def _record(results: Results, runs: dict[str, list[dict[str, float]]], goal: tuple[str, str, float, str], case: str) -> None:
+    """Rates of a pair of contenders, and their times to the first batch where both have one."""
+    one, other, at_least, what = goal
+    peer = {"webdataset": "webdataset's DataLoader", "ray": "Ray's read_webdataset", "bare": "bare decode"}[other.removesuffix("-shipped")]
+    rates, first = ([[run[key] for run in runs[name]] for name in (one, other)] for key in ("rate", "first"))
+    results.add(Row(f"{case}, {what}, beside {peer}", "images/s", rates[0], peer, rates[1], at_least=at_least, headline=True))
+    if all(first[1]):
+        results.add(Row(f"{case}, {what}, beside {peer}: first batch", "s", first[0], peer, first[1], less=True))
+
+
+def memory(options: argparse.Namespace, folder: Path, results: Results) -> tuple[dict[str, Any], bool]:
     """Peak of a read worker."""
     found = fresh("ours-shipped", options, folder)
     met = 0 < found["peak_rss"] < MEMORY_GOAL
+    name = f"{options.size}² JPEG → {options.target}²: peak of a read worker"
+    results.add(Row(name, "GB", [found["peak_rss"] / 1e9], at_most=MEMORY_GOAL / 1e9))
     print(
         f"{options.size}² JPEG → {options.target}²: {found['rate']:.0f} images/s, peak of a read worker {found['peak_rss'] / 1e9:.2f} GB (goal: under 0.6)"
     )
@@ -294,15 +308,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the data here; otherwise a temporary folder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_option(parser)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
         return
+    results = Results(__file__, options.results)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.folder or Path(scratch)) / f"{options.size}-{options.images}"
         if not folder.is_dir():
             generate(folder, -(-options.images * 2 // 1500) * 500, options.size)
-        figures, met = (memory if options.memory else compare)(options, folder)
+        figures, met = (memory if options.memory else compare)(options, folder, results)
+    results.finish()
     if options.json:
         print(json.dumps(figures))
     sys.exit(0 if met else 1)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _results import Results, Row, add_option
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych.config import load_recipe
@@ -31,17 +32,17 @@ LENGTHS = ((17, 4, 24), (50, 4, 24), (128, 12, 64), (256, 12, 64), (512, 12, 64)
 TOLERANCE = 1.15
 
 
-def milliseconds(call: Callable[[], object], repeat: int) -> float:
-    """Median of `repeat` calls after two that do not count."""
+def milliseconds(call: Callable[[], object], repeat: int) -> list[float]:
+    """Of `repeat` calls after two that do not count."""
     times = []
     for _ in range(repeat + 2):
         begin = time.process_time()
         call()
         times.append(1e3 * (time.process_time() - begin))
-    return statistics.median(times[2:])
+    return times[2:]
 
 
-def attention(tokens: int, heads: int, width: int, backend: SDPBackend, repeat: int) -> float:
+def attention(tokens: int, heads: int, width: int, backend: SDPBackend, repeat: int) -> list[float]:
     """Forward and backward."""
     shape = (max(1, 2048 // tokens), heads, tokens, width)
     query, key, value = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -53,7 +54,7 @@ def attention(tokens: int, heads: int, width: int, backend: SDPBackend, repeat: 
     return milliseconds(call, repeat)
 
 
-def optimizer_steps(repeat: int) -> dict[str, float]:
+def optimizer_steps(repeat: int) -> dict[str, list[float]]:
     """A step of AdamW as `adamw` makes it, and as torch does by default."""
     recipe = load_recipe("coca", "demo")
     task = load_task_class("coca")(recipe.task, 0)
@@ -67,20 +68,31 @@ def optimizer_steps(repeat: int) -> dict[str, float]:
 def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=15)
+    add_option(parser)
     options = parser.parse_args()
+    results = Results(__file__, options.results)
     torch.set_num_threads(1)
     rows, met, figures = [], True, {}
     for tokens, heads, width in LENGTHS:
-        fused = attention(tokens, heads, width, SDPBackend.FLASH_ATTENTION, options.repeat)
-        products = attention(tokens, heads, width, SDPBackend.MATH, options.repeat)
+        kinds = {"fused": SDPBackend.FLASH_ATTENTION, "products": SDPBackend.MATH}
+        times = {name: attention(tokens, heads, width, backend, options.repeat) for name, backend in kinds.items()}
+        fused, products = (statistics.median(found) for found in times.values())
+        one, two = ("products", "fused") if tokens <= SHORT_ATTENTION else ("fused", "products")
+        name = f"attention in bf16, {tokens} tokens: {one}"
+        results.add(Row(name, "ms", times[one], two, times[two], less=True, at_least=1 / TOLERANCE))
         taken, other = (products, fused) if tokens <= SHORT_ATTENTION else (fused, products)
         met = met and taken <= TOLERANCE * other
         figures[f"attention {tokens}"] = {"fused": fused, "products": products}
         rows.append([f"{tokens} tokens", f"{fused:.2f}", f"{products:.2f}", "products" if taken is products else "fused"])
     show_table("Attention in bf16, ms", ["", "fused", "products", "taken"], rows)
-    steps = figures["adamw"] = optimizer_steps(options.repeat)
+    found = optimizer_steps(options.repeat)
+    results.add(
+        Row("AdamW on the demo's CoCa: fused", "ms", found["fused"], "torch's default", found["default"], less=True, at_least=1 / TOLERANCE)
+    )
+    steps = figures["adamw"] = {name: statistics.median(times) for name, times in found.items()}
     met = met and steps["fused"] <= TOLERANCE * steps["default"]
     show_table("AdamW on the demo's CoCa, ms", ["fused (taken)", "torch's default"], [[f"{value:.2f}" for value in steps.values()]])
+    results.finish()
     print(json.dumps(figures))
     return met
 

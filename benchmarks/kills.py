@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from _results import Results, Row, add_option
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -140,14 +141,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--workers", default="2..3")
+    add_option(parser)
     options = parser.parse_args()
-    options.out.mkdir(parents=True)
+    results = Results(__file__, options.results)
+    folder = options.out.resolve() / str(time.time_ns())
+    folder.mkdir(parents=True)
     rng = random.Random(options.seed)
     begin = time.monotonic()
     with pytest.MonkeyPatch.context() as patch, nodes_of_ray(patch) as nodes:
         for _ in range(3):
             nodes.add()
-        run = Run(options.out.resolve(), nodes, options.steps, options.workers)
+        run = Run(folder, nodes, options.steps, options.workers)
         counts: dict[str, int] = {}
         for number in range(1, options.kills + 1):
             what, moment = rng.choice(("worker", "node", "driver")), rng.choice(MOMENTS)
@@ -161,6 +165,9 @@ def main() -> None:
     checks = check(run, result, options.steps)
     for name, held in checks.items():
         print(f"{'ok ' if held else 'NOT'} {name}")
+        results.check(f"after {options.kills} kills of one run: {name}", held)
+    results.add(Row(f"after {options.kills} kills of one run: starts of the worker group", "", [attempts]))
+    results.finish()
     print(json.dumps({"kills": counts, "attempts": attempts, "seconds": round(time.monotonic() - begin), "checks": checks}))
     raise SystemExit(not all(checks.values()))
 

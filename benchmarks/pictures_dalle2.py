@@ -10,10 +10,12 @@ minutes of two cores. Interrupted training goes on in the next call; its time is
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+from _results import Results, add_option
 from scene_judge import judge, timed, train, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -38,7 +40,7 @@ def paint(out: Path, captions: list[str], seed: int = 0) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def main(out: Path, overrides: list[str]) -> bool:
+def main(out: Path, overrides: list[str], results: Results) -> bool:
     shards, common = out / "shards", ["workers=1", f"data.validation_share={_SHARE}", "checkpoint.every_steps=100", "checkpoint.keep=1"]
     write_scenes(shards, _SCENES)
     common += [f"data.shards={shards}"]
@@ -50,8 +52,13 @@ def main(out: Path, overrides: list[str]) -> bool:
     spent = timed(out, "prior", lambda: train(apply_overrides(load_recipe("dalle2_prior", "demo"), common), out / "prior"))
     config = apply_overrides(load_recipe("dalle2_decoder", "scenes"), [*common, *overrides])
     spent += timed(out, "decoder", lambda: train(config, out / "decoder"))
-    return judge(out, shards, _SHARE, lambda captions: paint(out, captions), spent)
+    return judge(out, shards, _SHARE, lambda captions: paint(out, captions), spent, results)
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), sys.argv[2:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)

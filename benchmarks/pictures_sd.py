@@ -9,10 +9,12 @@ took more than 20 minutes of two cores. Interrupted training goes on in the next
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+from _results import Results, add_option
 from scene_judge import judge, timed, train, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -34,7 +36,7 @@ def paint(run: Path, captions: list[str], seed: int = 0) -> np.ndarray:
     return np.concatenate([painter.paint(requests[start : start + _AT_ONCE], _SETTINGS) for start in range(0, len(requests), _AT_ONCE)])
 
 
-def main(out: Path, overrides: list[str]) -> bool:
+def main(out: Path, overrides: list[str], results: Results) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     shards = out / "shards"
     write_scenes(shards, _SCENES)
@@ -44,8 +46,13 @@ def main(out: Path, overrides: list[str]) -> bool:
     export(str(out / "vae"), str(out / "exported_vae"), track=False)
     config = apply_overrides(load_recipe("stable_diffusion", "scenes"), [*common, f"task.vae={out / 'exported_vae'}", *overrides])
     spent += timed(out, "unet", lambda: train(config, out / "unet"))
-    return judge(out, shards, config.data.validation_share, lambda captions: paint(out / "unet", captions), spent)
+    return judge(out, shards, config.data.validation_share, lambda captions: paint(out / "unet", captions), spent, results)
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), sys.argv[2:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)

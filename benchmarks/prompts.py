@@ -9,6 +9,7 @@ perplexity is above 0.8 of the interpolated trigram's, sampling leads the strate
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _results import Results, Row, add_option
 from ngrams import LinearTrigram, NgramModel
 
 from diptych.batches import StepBatch
@@ -75,7 +77,7 @@ def trained(data: Path, out: Path, overrides: list[str]) -> tuple[RunConfig, GPT
     return config, task, seconds
 
 
-def main(data: Path, out: Path, overrides: list[str]) -> bool:
+def main(data: Path, out: Path, overrides: list[str], recorded: Results) -> bool:
     config, task, seconds = trained(data, out, overrides)
     prepared = prepare(RunConfig.from_json((out / "run" / "config.json").read_text()), out / "run")
     assert prepared.validation is not None
@@ -123,9 +125,25 @@ def main(data: Path, out: Path, overrides: list[str]) -> bool:
         "at least 90 % of greedy texts end": ended >= 0.9,
     }
     (out / "prompts.json").write_text(json.dumps(results | {"checks": checks}, indent=2))
+    case = f"GPT-2, {len(train_texts):,} prompts, {parameters:.1f} M parameters, {config.train.steps} steps"
+    peers = {name: value for name, value in figures.items() if name.startswith("trigram")}
+    for name, value in peers.items():
+        goal = 1.25 if name == "trigram, linear" else None
+        recorded.add(
+            Row(f"{case}: held-out perplexity beside {name}", "", [ours], name, [value], less=True, at_least=goal, headline=bool(goal))
+        )
+    recorded.add(Row(f"{case}: share of greedy texts that end by themselves", "", [ended], at_least=0.9))
+    recorded.check(f"{case}: greedy or no-repeat leads the strategies on ROUGE-L", checks["greedy or no-repeat leads"])
+    recorded.finish()
     print(json.dumps(results | {"checks": checks}))
     return all(checks.values())
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(given.data, given.out, given.overrides, Results(__file__, given.results)) else 1)

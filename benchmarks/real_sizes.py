@@ -10,6 +10,7 @@ step at 256 pixels. dalle2: LAION's base decoder, of the recipe `published`, lea
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import Results, Row, add_option
 
 from diptych.config import RunConfig, apply_overrides, load_recipe, set_path
 from diptych.trainers.objective import accumulate
@@ -160,9 +162,20 @@ def dalle2(_: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {"gpt2": gpt2, "clip": clip, "coca": coca, "sd": sd, "dalle2": dalle2}[sys.argv[1]](folder)
+    kinds = {"gpt2": gpt2, "clip": clip, "coca": coca, "sd": sd, "dalle2": dalle2}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=kinds)
+    parser.add_argument("out", type=Path)
+    add_option(parser)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    results, found = Results(__file__, given.results), kinds[given.kind](given.out)
+    for name, figures in found.items():
+        title = "GPT-2 124M, " + name if given.kind == "gpt2" else name
+        results.check(f"{title}: one optimizer step changes the weights", figures["changed"])
+        results.add(Row(f"{title}: that step", "s", [figures["step_seconds"]]))
+        results.add(Row(f"{title}: peak memory", "GB", [figures["peak_gb"]]))
+    results.finish()
     for name, figures in found.items():
         print(name, json.dumps(figures))
     sys.exit(0 if all(figures["changed"] for figures in found.values()) else 1)

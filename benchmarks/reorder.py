@@ -4,7 +4,7 @@
 
 Made data in clip-retrieval's layout: partitions of a million rows, tars of 10,000 samples with one dead link in a hundred,
 two loader workers interleaved, captions and URLs in the metadata as the real thing has. Each measurement is a fresh
-process; the best of `--repeat`. The peer's algorithm (per partition: pandas over the whole metadata, a Python loop over its rows, a
+process; both sides in turn, medians of `--repeat`. The peer's algorithm (per partition: pandas over the whole metadata, a Python loop over its rows, a
 list per shard, `np.save`) is written here anew with what it needs to give a right result at all: widths as given, pandas 2, the
 dtype kept, trailing gaps filled. It handles images only, so both are given images only.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from _results import Results, Row, Size, add_option
 
 SHARD, WIDTH, PARTITION, DEAD = 10_000, 4, 1_000_000, 100
 
@@ -124,6 +126,18 @@ def measure(side: str, source: Path, out: Path, rows: int) -> dict[str, float]:
     return result
 
 
+def record(results: Results, found: dict[str, list[dict[str, float]]], rows: int, dim: int) -> None:
+    """Speed and memory of ours, and of the peer where it was measured."""
+    if "ours" not in found:
+        return
+    case, peer = f"reorder, {rows:,} rows × {dim}", "embedding-dataset-reordering's algorithm, mended" if "peer" in found else None
+    rates = {side: [rows / one["seconds"] for one in runs] for side, runs in found.items()}
+    peaks = {side: [one["peak_mb"] for one in runs] for side, runs in found.items()}
+    size = Size(f"reorder, {dim} columns", "rows", rows, at_most=1.1)
+    results.add(Row(case, "rows/s", rates["ours"], peer, rates.get("peer"), at_least=10.0 if peer else None, headline=True, size=size))
+    results.add(Row(f"{case}: peak memory", "MB", peaks["ours"], peer, peaks.get("peer"), less=True))
+
+
 def main() -> None:
     """Generate, measure both sides, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +149,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["ours", "peer"])
     parser.add_argument("--source", type=Path)
     parser.add_argument("--out", type=Path)
+    add_option(parser)
     arguments = parser.parse_args()
     if arguments.side:
         run = ours if arguments.side == "ours" else peer
@@ -145,20 +160,23 @@ def main() -> None:
         seconds = time.perf_counter() - start
         print(json.dumps({"seconds": seconds, "peak_mb": peak_megabytes()}))
         return
-    results = []
+    recorded, results = Results(__file__, arguments.results), []
     for rows in arguments.rows:
         source = arguments.work / f"source-{rows}"
         shutil.rmtree(source, ignore_errors=True)
         generate(source, rows, arguments.dim)
-        for side in arguments.only:
-            found = [measure(side, source, arguments.work / "out", rows) for _ in range(arguments.repeat)]
-            best = min(found, key=lambda one: one["seconds"])
-            peak = max(one["peak_mb"] for one in found)
-            results.append({"side": side, "rows": rows, "dim": arguments.dim, "rows_per_second": rows / best["seconds"], "peak_mb": peak})
-            print(
-                f"{side:>5} {rows:>11,} rows × {arguments.dim}  {rows / best['seconds']:>12,.0f} rows/s  peak {peak:>7,.0f} MB", flush=True
-            )
+        found: dict[str, list[dict[str, float]]] = {side: [] for side in arguments.only}
+        for _ in range(arguments.repeat):
+            for side in arguments.only:
+                found[side].append(measure(side, source, arguments.work / "out", rows))
+        for side, runs in found.items():
+            rate = rows / statistics.median(one["seconds"] for one in runs)
+            peak = max(one["peak_mb"] for one in runs)
+            results.append({"side": side, "rows": rows, "dim": arguments.dim, "rows_per_second": rate, "peak_mb": peak})
+            print(f"{side:>5} {rows:>11,} rows × {arguments.dim}  {rate:>12,.0f} rows/s  peak {peak:>7,.0f} MB", flush=True)
+        record(recorded, found, rows, arguments.dim)
         shutil.rmtree(source)
+    recorded.finish()
     print(json.dumps({"benchmark": "reorder", "results": results}))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from _results import Results, Row, add_option
 from PIL import Image
 
 BATCH, SHARD = 256, 1000
@@ -104,10 +105,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the data here; otherwise a temporary folder")
     parser.add_argument("--resume", choices=["local", "ray"], help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_option(parser)
     options = parser.parse_args()
     if options.resume:
         print(json.dumps(resume(options.folder, options.slot, options.resume == "ray")))
         return
+    results = Results(__file__, options.results)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         if not (folder / "rows.npy").is_file():
@@ -122,6 +125,10 @@ def main() -> None:
                 f"{found['rows']:,} rows, slot {options.slot:,}, {name}: first batch of {BATCH} after {found['seconds']:.2f} s; "
                 f"memory {found['rss'] / 1e6:.0f} MB, of which the stream added {found['grown'] / 1e6:.0f} MB"
             )
+            case = f"resume, {found['rows']:,} rows, slot {options.slot:,}, {name}"
+            results.add(Row(f"{case}: first batch of {BATCH}", "s", [found["seconds"]], headline=True))
+            results.add(Row(f"{case}: memory that the stream adds", "MB", [found["grown"] / 1e6]))
+        results.finish()
         if options.json:
             print(json.dumps(figures))
 

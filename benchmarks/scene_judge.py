@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _results import Results, Row
 from PIL import Image
 
 from diptych.config import RunConfig, apply_overrides, load_recipe
@@ -100,7 +101,7 @@ def train(config: RunConfig, run: Path) -> None:
     assert result["status"] == "finished", result
 
 
-def judge(out: Path, shards: Path, share: float, paint: Callable[[list[str]], np.ndarray], cpu_seconds: float) -> bool:
+def judge(out: Path, shards: Path, share: float, paint: Callable[[list[str]], np.ndarray], cpu_seconds: float, results: Results) -> bool:
     """Have pictures of `HELD_OUT` captions by `paint` judged: prints the figures, keeps a grid in `out`; whether both targets are met.
 
     `share` is `data.validation_share` of the runs, `cpu_seconds` what their training took.
@@ -119,5 +120,17 @@ def judge(out: Path, shards: Path, share: float, paint: Callable[[list[str]], np
         "training_minutes_of_two_cores": cpu_seconds / 120,
     }
     show_table(f"{len(captions)} held-out captions, 1 of {CANDIDATES}", ["figure", "value"], [[k, f"{v:.3f}"] for k, v in figures.items()])
+    case = {"pictures_sd": "Stable Diffusion", "pictures_dalle2": "DALL-E 2 prior and decoder"}[results.script]
+    what = f"{case} from scratch on scenes: pictures matched to their caption, 1 of {CANDIDATES}, over chance"
+    results.add(Row(what, "×", [figures["times_chance"]], at_least=20, headline=True))
+    results.add(
+        Row(
+            f"{case} from scratch on scenes: training, processor time of two cores",
+            "min",
+            [figures["training_minutes_of_two_cores"]],
+            at_most=20,
+        )
+    )
+    results.finish()
     print(json.dumps(figures))
     return figures["times_chance"] >= 20 and figures["training_minutes_of_two_cores"] <= 20

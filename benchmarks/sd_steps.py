@@ -10,6 +10,7 @@ less than 1.3 times as fast as the script, or if everything but forward, backwar
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import Results, Row, add_option
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from scene_judge import write_scenes
@@ -193,7 +195,7 @@ def script(folder: Path, shards: Path, steps: int) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ended)][_WARM_UP:steps]
 
 
-def main(out: Path, steps: int) -> bool:
+def main(out: Path, steps: int, results: Results) -> bool:
     folder, shards = out / "pipeline", out / "shards"
     write_scenes(shards, _SCENES, _SIDE)
     dataset_captions = [sample["txt"].decode() for sample in Pictures(shards, None).samples]  # type: ignore[arg-type]
@@ -214,11 +216,14 @@ def main(out: Path, steps: int) -> bool:
     cached = apply_overrides(online, ["task.cached=latents,text-states", f"data.caches={out / 'latents'},{out / 'text-states'}"])
     times: dict[str, list[float]] = {"script": [], "online": [], "cached": []}
     shares: dict[str, list[float]] = {"online": [], "cached": []}
+    rounds: dict[str, list[float]] = {name: [] for name in times}
     for number in range(_ROUNDS):
         times["script"] += script(folder, shards, steps)
+        rounds["script"].append(1 / statistics.median(times["script"][-(steps - _WARM_UP) :]))
         for name, config in (("online", online), ("cached", cached)):
             seconds, inside = ours(config, out / f"{name}-{os.getpid()}-{number}")
             times[name] += seconds
+            rounds[name].append(1 / statistics.median(seconds))
             shares[name] += [1 - part / whole for part, whole in zip(inside, seconds, strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     figures: dict[str, float] = {f"{name}_steps_per_second": 1 / value for name, value in medians.items()}
@@ -228,9 +233,21 @@ def main(out: Path, steps: int) -> bool:
     figures["cost_ratio_sd15_512"] = cost_ratio({"cross_attention_dim": 768, "attention_head_dim": 8}, _VAE | _PUBLISHED, 512)
     title = f"Medians of {_ROUNDS} rounds of {steps} steps, {torch.get_num_threads()} threads"
     show_table(title, ["figure", "value"], [[name, f"{value:.4f}"] for name, value in figures.items()])
+    for name, goal in (("online", 1.0), ("cached", 1.3)):
+        what = f"Stable Diffusion, a small U-Net at SD 1.5's ratio of costs, {name}"
+        peer = "diffusers' train_text_to_image.py"
+        results.add(Row(what, "steps/s", rounds[name], peer, rounds["script"], at_least=goal, headline=True))
+        own = [100 * value for value in shares[name]]
+        results.add(Row(f"{what}: share of a step that is neither model nor optimizer", "%", [statistics.median(own)], at_most=3))
+    results.finish()
     print(json.dumps(figures))
     return figures["cached_over_script"] >= 1.3 and max(figures["online_own_share"], figures["cached_own_share"]) <= 0.03
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 15) else 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("steps", type=int, nargs="?", default=15)
+    add_option(parser)
+    given = parser.parse_args()
+    sys.exit(0 if main(given.out, given.steps, Results(__file__, given.results)) else 1)

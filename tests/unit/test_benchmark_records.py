@@ -1,0 +1,136 @@
+"""Figures are recorded by scripts and pages written from the records: neither may differ from the other, and goals can be missed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _module(name: str) -> ModuleType:
+    """A file of benchmarks/ by its path: that folder has names (`text`, `kernels`) that must not stand on the path of other tests."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+_results = _module("_results")
+page = _module("page")
+Row, Size, Results = _results.Row, _results.Size, _results.Results
+
+
+def test_the_pages_are_what_the_records_give() -> None:
+    """`benchmarks/page.py` writes them after a change of benchmarks/results; figures are never typed."""
+    made = page.pages()
+    assert {path.name for path in made} == {"README.md", "benchmarks.md", "benchmarks_plots.html"}
+    assert not [path.name for path, text in made.items() if path.read_text() != text]
+
+
+def test_derived_values_in_the_records_are_those_of_their_repeats() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        for run in json.loads(path.read_text())["runs"]:
+            assert run["command"].rpartition("python benchmarks/")[2].startswith(f"{path.stem}.py")
+            assert [_results._plain(_results._row(row)) for row in run["rows"]] == run["rows"], path.name
+
+
+def test_every_script_can_record() -> None:
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text() and path.stem != "page"]
+    assert len(scripts) > 10
+    for path in scripts:
+        text = path.read_text()
+        assert "add_option(" in text, path.name
+        assert "Results(__file__, " in text, path.name
+
+
+def test_a_ratio_is_of_medians_and_its_spread_of_turns() -> None:
+    row = Row("speed", "images/s", [10, 30, 20], "peer", [10, 10, 40], at_least=2.0)
+    assert row.median == {"ours": 20, "peer": 10}
+    assert row.ratio == {"median": 2.0, "lowest": 0.5, "highest": 3.0}
+    assert row.met is True
+    assert _results.verdict(row) == ("2.00 × (0.50 to 3.00)", "at least 2 ×: met")
+    assert Row("time", "s", [1.0], "peer", [3.0], less=True, at_least=3.5).met is False
+    assert Row("time", "s", [1.0], "peer", [3.0], less=True).ratio["median"] == 3.0
+    assert Row("share", "%", [4.0], at_most=3).met is False
+    assert Row("nothing", "", [float("nan")], at_least=0.5).met is False
+    assert Row("no goal", "s", [1.0]).met is None
+
+
+def test_growth_is_fitted_and_can_miss_its_goal() -> None:
+    def rows(power: float, at_most: float) -> list[object]:
+        sizes = (10, 100, 1000)
+        return [Row(f"{n}", "rows/s", [n / n**power], "peer", [1.0], size=Size("sort", "rows", n, at_most)) for n in sizes]
+
+    (growth,) = _results.growths(rows(2.0, 1.1))
+    assert growth.exponent("Diptych") == pytest.approx(2.0, abs=1e-3)
+    assert growth.exponent("peer") == pytest.approx(1.0, abs=1e-3)
+    assert growth.met is False
+    assert _results.growths(rows(1.0, 1.1))[0].met is True
+    assert not _results.growths(rows(1.0, 1.1)[:1])
+
+
+def recorded(folder: Path, script: str, *rows: object) -> bool:
+    """One call of a script."""
+    results = Results(f"benchmarks/{script}.py", folder)
+    for row in rows:
+        results.add(row)
+    return results.finish()
+
+
+def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recorded(tmp_path, "sort", Row("a", "s", [1.0]), Row("b", "s", [1.0]))
+    assert not recorded(tmp_path, "sort", Row("a", "s", [2.0], at_most=1.0))
+    (first, second) = page.read(tmp_path)["sort"]
+    assert [row.what for row in first["rows"]] == ["b"]
+    assert [row.ours for row in second["rows"]] == [[2.0]]
+    monkeypatch.setattr(_results, "machine", lambda: "another machine")
+    recorded(tmp_path, "sort", Row("b", "s", [3.0]))
+    assert [row.what for run in page.read(tmp_path)["sort"] for row in run["rows"]] == ["b", "a", "b"]
+
+
+def test_pages_follow_the_records(tmp_path: Path) -> None:
+    for name in ("README.md", "docs/benchmarks.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    sizes = [
+        Row(f"sort {n} | rows", "s", [n / 10], "peer", [n / 5], less=True, headline=n > 10, size=Size("sort", "rows", n)) for n in (10, 99)
+    ]
+    recorded(tmp_path / "results", "sort", *sizes, Row("kept <whole>", "yes/no", [1.0], at_least=1.0))
+    readme, table, plots = (text for _, text in sorted(page.pages(tmp_path / "results", tmp_path).items()))
+    assert readme.startswith("before\n")
+    assert readme.endswith("\nafter\n")
+    assert "old" not in readme + table
+    assert "| sort 99 \\| rows | 9.9 s | peer: 19.8 s | 2.00 × |" in readme
+    assert "sort 10" not in readme
+    assert "sort 10" in table
+    assert "seconds grow as rows to the power of 1.00 (Diptych), 1.00 (peer)" in table
+    assert plots.count("<svg") == 2
+    assert "kept &lt;whole&gt;" in plots
+    with pytest.raises(ValueError, match="markers"):
+        page.between("no markers", "text")
+
+
+def test_a_command_says_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = [
+        str(ROOT / "benchmarks" / "coca.py"),
+        "/data/some/place",
+        f"data.shards={ROOT}/runs/x",
+        "../near/it",
+        "--results",
+        "/tmp/r",
+        "--n",
+        "3",
+    ]
+    assert _results.command(words) == "python benchmarks/coca.py …/place data.shards=runs/x ../near/it --n 3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert _results.command(["benchmarks/coca.py", "--results=x"]) == "OMP_NUM_THREADS=2 python benchmarks/coca.py"
+    assert _results.machine()
