@@ -190,6 +190,8 @@ class Results:
             note(f"  {growth.family}: seconds grow as {growth.name} to the power of {exponents(growth)}")
         if self.folder:
             self._record(self.folder)
+        else:
+            note("  not recorded: --results benchmarks/results does that, then benchmarks/page.py writes the pages")
         return all(one.met is not False for one in (*self.rows, *found))
 
     def _record(self, folder: Path) -> None:
