@@ -40,6 +40,7 @@ help:  ## Show the targets
 install: .uv/bin/uv  ## Make or update the environment in .venv (EXTRAS=gpu,… chooses the extras)
 	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$(PYTHON)" .venv
 	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt $(COMPILE) --editable ".[$(EXTRAS)]"
+	$(if $(COMPILE),$(BIN)/python -m compileall -q diptych)
 	@touch $(STAMP)
 
 .uv/bin/uv:

@@ -21,8 +21,9 @@ from scene_judge import judge, timed, train, write_scenes
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import embed, export
 from diptych.pipelines.trained import load_trained
-from diptych.trainers.clip_embedder import Embedder, parse_model
+from diptych.trainers.clip_embedder import Embedder
 from diptych.trainers.dalle2_painter import Dalle2Painter
+from diptych.trainers.model_name import parse_model
 from diptych.trainers.pictures import PictureRequest, PictureSettings
 from diptych.trainers.precision import resolve_precision
 

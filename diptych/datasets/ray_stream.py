@@ -155,8 +155,8 @@ class _Segment:
 
 
 def _dataset(source: SlotsDatasource, cpus: float, claims: bool, plan: Plan) -> Any:
-    # A task more than CPUs keeps the cores busy while Ray replaces one that ended; the parts are rounded down so that all of them fit.
-    tasks = max(1, math.ceil(cpus)) + (cpus >= 1)
+    # Up to two tasks more than CPUs keep the cores busy while Ray replaces those that ended; the parts are rounded down so that all fit.
+    tasks = max(1, math.ceil(cpus)) + min(2, math.floor(cpus))
     part = math.floor(cpus / tasks * 1e4) / 1e4 if claims else 0
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source.blocks), num_cpus=part, concurrency=tasks)
     context = dataset.context

@@ -199,6 +199,14 @@ def _gather(arrays: Sequence[NpyFile], source: np.ndarray, index: np.ndarray, ro
     gap, most = max(1, ranged.LOCAL_GAP // arrays[0].row_bytes), max(1, WINDOW_BYTES // arrays[0].row_bytes)
     # Partitions differ by 2^40, so they never share a run.
     starts = np.concatenate(([0], np.flatnonzero(np.diff(source) > gap) + 1, [len(source)]))
+    if len(source) and len(starts) == 2 and source[-1] - source[0] < most:  # the usual case: all of it in one read, copied once
+        file, first = divmod(int(source[0]), 1 << ROW_BITS)
+        found = arrays[file].read(first, first + int(source[-1] - source[0]) + 1)
+        where = np.full(rows, -1)
+        where[index] = source - source[0]
+        block = np.take(found, where, axis=0, mode="wrap")
+        block[where < 0] = 0
+        return block
     block = np.zeros((rows, arrays[0].dim), arrays[0].dtype)
     for start, stop in itertools.pairwise(starts.tolist()):
         while start < stop:
@@ -206,14 +214,7 @@ def _gather(arrays: Sequence[NpyFile], source: np.ndarray, index: np.ndarray, ro
             file, first = divmod(int(source[start]), 1 << ROW_BITS)
             wanted = source[start:end] - source[start]
             found = arrays[file].read(first, first + int(wanted[-1]) + 1)
-            if end - start == len(source):  # the usual case: all of it in one read, copied once
-                where = np.zeros(rows, np.int64)
-                where[index] = wanted
-                np.take(found, where, axis=0, out=block, mode="clip")
-                where[index] = -1
-                block[where >= 0] = 0
-            else:
-                block[index[start:end]] = np.take(found, wanted, axis=0)
+            block[index[start:end]] = np.take(found, wanted, axis=0)
             start = end
     return block
 

@@ -27,7 +27,7 @@ GAP_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string()), ("index", 
 MOST_FAULTS = 10_000
 """Faults listed one by one in the summary; `gaps.parquet` has all."""
 _FORMAT = 1
-_GAPS_AT_ONCE = 50_000
+_GAPS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[st
 def prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
     """What the actors of a call need. Raises `ConfigError` as `run` does."""
     from diptych.pipelines.embed_worker import EmbedWork
-    from diptych.trainers.clip_embedder import parse_model
+    from diptych.trainers.model_name import parse_model
 
     work = EmbedWork(parse_model(options.model), options.modalities, options.precision)
     return embed_pool.plan(shards, out, options, work, "Choose the other with --modality.")

@@ -78,7 +78,7 @@ class PeerSpec:
 def prepare(shards: str, out: str, options: EmbedOptions) -> PeerSpec:
     """What the tasks of a call need. Raises `ConfigError` where clip-retrieval is missing or cannot do what is asked."""
     from diptych.datasets.manifest import open_manifest
-    from diptych.trainers.clip_embedder import parse_model
+    from diptych.trainers.model_name import parse_model
 
     if not importlib.util.find_spec("clip_retrieval"):
         raise ConfigError(

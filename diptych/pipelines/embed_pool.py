@@ -28,7 +28,7 @@ class PoolOptions(Config):
     partition_size: int = pydantic.Field(0, ge=0)
     """Samples of one partition of the output; 0 = a 64th of the data, within 2,048 and 100,000."""
     actors: int = pydantic.Field(0, ge=0)
-    """Copies of the model; 0 = one per four cores, or one with a GPU."""
+    """Copies of the model; 0 = one per four cores and at least two, so that one decodes while another computes; or one with a GPU."""
     cpus_per_actor: int = pydantic.Field(0, ge=0)
     """Threads of an actor; 0 = this machine's cores over the actors."""
     gpus_per_actor: float = pydantic.Field(0.0, ge=0)
@@ -43,7 +43,8 @@ class PoolOptions(Config):
     @property
     def actor_count(self) -> int:
         """`actors`, chosen."""
-        return self.actors or (1 if self.gpus_per_actor else max(1, (os.cpu_count() or 1) // 4))
+        cores = os.cpu_count() or 1
+        return self.actors or (1 if self.gpus_per_actor else min(cores, max(2, cores // 4)))
 
     @property
     def device(self) -> str:

@@ -26,7 +26,8 @@ from diptych.datasets.manifest import Manifest
 from diptych.datasets.survey import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
-    from diptych.trainers.clip_embedder import Embedder, ModelName
+    from diptych.trainers.clip_embedder import Embedder
+    from diptych.trainers.model_name import ModelName
 
 PARTITIONS_IN_FLIGHT = 2
 _BATCHES_AHEAD = 2

@@ -28,7 +28,7 @@ class PainterSpec:
     tasks: tuple[str, ...]
     """Their tasks, in the same order."""
     clip: str = ""
-    """The CLIP whose embeddings prior and decoder were trained on, as `clip_embedder.parse_model` takes it."""
+    """The CLIP whose embeddings prior and decoder were trained on, as `model_name.parse_model` takes it."""
     checkpoint: str = "newest"
     averaged: bool = True
     device: str = "auto"
@@ -124,7 +124,8 @@ def resolve_device(name: str) -> str:
 
 def open_embedder(clip: str, device: str = "auto") -> Embedder:
     """The CLIP `clip` (a name, a folder, or a coca run with an export), in fp32, so that scores do not depend on the machine."""
-    from diptych.trainers.clip_embedder import Embedder, parse_model
+    from diptych.trainers.clip_embedder import Embedder
+    from diptych.trainers.model_name import parse_model
 
     embedder = Embedder(parse_model(_whole_name(clip)), resolve_device(device), "fp32")
     if "image" not in embedder.modalities:

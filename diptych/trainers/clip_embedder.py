@@ -1,16 +1,14 @@
 """Models that turn pictures and captions into embeddings: open_clip's, exported CoCas, Hugging Face CLIPs, sentence models.
 
-Each is told by one string (`parse_model`), loads from the hub or a local folder, and preprocesses exactly as its own library
+Each is told by one string (`model_name.parse_model`), loads from the hub or a local folder, and preprocesses exactly as its own library
 does at inference. Shape legend: B rows, S pixels of the square input, D dimensions.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,68 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.config import ConfigError
+from diptych.trainers.model_name import ALLOWED, ModelName
 from diptych.trainers.precision import resolve_precision
-
-Kind = Literal["open_clip", "hf", "sentence"]
-ALLOWED = (
-    "an open_clip NAME/TAG such as ViT-B-32/laion2b_s34b_b79k, a folder in open_clip's layout (an exported CoCa), a Hugging Face CLIP by "
-    "name or folder, or sentence:NAME for texts alone"
-)
-
-
-@dataclass(frozen=True)
-class ModelName:
-    """A model's name, understood."""
-
-    kind: Kind
-    name: str
-    """open_clip architecture, or what its library loads."""
-    weights: str = ""
-    """open_clip's pretrained tag or a weights file."""
-    config_file: str = ""
-    """JSON of an architecture that open_clip does not know by itself."""
-
-
-def parse_model(name: str) -> ModelName:
-    """Understand a model's name. Raises `ConfigError` if it is nothing that can be loaded."""
-    name = name.removeprefix("open_clip:")
-    if not name:
-        raise ConfigError("--model", name, ALLOWED)
-    if name.startswith("sentence:"):
-        return ModelName("sentence", name.removeprefix("sentence:"))
-    if Path(name).is_dir():
-        return _parse_folder(Path(name))
-    if name.startswith("hf-hub:"):
-        return ModelName("open_clip", name)
-    import open_clip
-
-    architecture, _, tag = name.partition("/")
-    if architecture in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if tag not in tags and not Path(tag).is_file():
-            raise ConfigError(
-                "--model", name, f"{architecture}/TAG with one of {', '.join(tags)}, or a weights file", "Fresh weights embed nothing."
-            )
-        return ModelName("open_clip", architecture, tag)
-    if name.startswith(("/", ".", "~")) or "/" not in name:
-        raise ConfigError("--model", name, ALLOWED, "There is no such folder or architecture.")
-    return ModelName("hf", name)
-
-
-def _parse_folder(folder: Path) -> ModelName:
-    if (folder / "open_clip_config.json").is_file():
-        return ModelName("open_clip", f"local-dir:{folder}")
-    if (folder / "modules.json").is_file():
-        return ModelName("sentence", str(folder))
-    if (folder / "config.json").is_file():
-        return ModelName("hf", str(folder))
-    configs = [path for path in sorted(folder.glob("*.json")) if "vision_cfg" in json.loads(path.read_text())]
-    weights = [path for suffix in ("safetensors", "pt", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
-    if len(configs) == 1 and weights:
-        return ModelName("open_clip", configs[0].stem, str(weights[0]), str(configs[0]))
-    raise ConfigError(
-        "--model", str(folder), ALLOWED, "The folder needs open_clip_config.json, or an architecture's JSON beside its weights."
-    )
 
 
 class Embedder:
@@ -160,10 +98,27 @@ def _load_open_clip(name: ModelName) -> _Parts:
     # All but the last two steps (to tensor, normalise), which run on the device.
     fit, normalise = Compose(preprocess.transforms[:-2]), preprocess.transforms[-1]
 
+    # Towers that take the state of a caption's end under a causal mask: nothing that counts sees the padding behind it.
+    cuts = type(model) is open_clip.CLIP and model.text_pool_type == "argmax" and model.attn_mask is not None
+
     def encode_text(captions: list[str], device: torch.device) -> Tensor:
-        return model.encode_text(tokenizer(captions).to(device))
+        tokens = tokenizer(captions).to(device)
+        return _encode_without_padding(model, tokens) if cuts else model.encode_text(tokens)
 
     return _Parts(model, fit, normalise.mean, normalise.std, model.encode_image, encode_text)
+
+
+def _encode_without_padding(model: Any, tokens: Tensor) -> Tensor:
+    """`encode_text` of an open_clip `CLIP` on `tokens` [B, T], of which only the columns up to the longest caption's end are computed."""
+    length = int(tokens.argmax(dim=-1).max()) + 1  # the end has the highest number
+    whole = model.positional_embedding, model.attn_mask
+    model.positional_embedding = nn.Parameter(whole[0][:length], requires_grad=False)
+    model.attn_mask = whole[1][:length, :length]
+    try:
+        found: Tensor = model.encode_text(tokens[:, :length])
+    finally:
+        model.positional_embedding, model.attn_mask = whole
+    return found
 
 
 def _load_hugging_face(name: ModelName) -> _Parts:
@@ -180,6 +135,8 @@ def _load_hugging_face(name: ModelName) -> _Parts:
     mode = "shortest" if getattr(processor, "do_center_crop", False) else "squash"
     steps = image_transform(side, False, processor.image_mean, processor.image_std, resize_mode=mode, interpolation="bicubic").transforms
     length = model.config.text_config.max_position_embeddings
+    # See `_load_open_clip`; other models of this layout, such as SigLIP, see their padding.
+    padding = "longest" if model.config.model_type == "clip" else "max_length"
 
     def features(found: Any) -> Tensor:
         return found if isinstance(found, Tensor) else found.pooler_output
@@ -188,7 +145,7 @@ def _load_hugging_face(name: ModelName) -> _Parts:
         return features(model.get_image_features(pixel_values=batch))
 
     def encode_text(captions: list[str], device: torch.device) -> Tensor:
-        tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
+        tokens = tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(device)
         return features(model.get_text_features(**tokens))
 
     return _Parts(model, Compose(steps[:-2]), processor.image_mean, processor.image_std, encode_image, encode_text)

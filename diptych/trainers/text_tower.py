@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diptych.batches import Needs
 from diptych.config import ConfigError
-from diptych.trainers.clip_embedder import Embedder, parse_model
+from diptych.trainers.clip_embedder import Embedder
+from diptych.trainers.model_name import parse_model
 
 
 class TextTower:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from diptych.config import ConfigError, apply_overrides, load_recipe
-from diptych.trainers.clip_embedder import Embedder, parse_model
+from diptych.trainers.clip_embedder import Embedder
 from diptych.trainers.dalle2_painter import Dalle2Painter
 from diptych.trainers.decoder_sampling import Inpaint, Sampling, sample_decoder
+from diptych.trainers.model_name import parse_model
 from diptych.trainers.pictures import PaintError, PictureRequest, PictureSettings
 from diptych.trainers.prior_model import choose_nearest
 from diptych.trainers.tasks import load_task_class

@@ -239,7 +239,8 @@ def test_a_hugging_face_clip_gives_its_own_features(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     from diptych.datasets.tokens import train_tokenizer
-    from diptych.trainers.clip_embedder import Embedder, parse_model
+    from diptych.trainers.clip_embedder import Embedder
+    from diptych.trainers.model_name import parse_model
 
     captions = [scenes.describe(0, index).caption for index in range(50)]
     train_tokenizer(captions, 256, tmp_path)

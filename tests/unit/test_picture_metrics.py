@@ -13,7 +13,8 @@ from diptych.config import ConfigError
 from diptych.datasets import scenes
 from diptych.datasets.tokens import train_tokenizer
 from diptych.trainers import picture_metrics
-from diptych.trainers.clip_embedder import Embedder, parse_model
+from diptych.trainers.clip_embedder import Embedder
+from diptych.trainers.model_name import parse_model
 
 
 @pytest.fixture(scope="module")
