@@ -1,8 +1,8 @@
-"""The pages of figures, written from what the scripts recorded: docs/benchmarks.md, docs/benchmarks_plots.html, and the README's table.
+"""The pages of figures, written from what the scripts recorded: docs/benchmarks.md, its plots, docs/scale.md's tables, and the README's.
 
     .venv/bin/python benchmarks/page.py --results benchmarks/results
 
-In the two Markdown files only what stands between the markers is replaced. Nothing here is typed: a row that no run recorded is absent.
+In the Markdown files only what stands between the markers is replaced. Nothing here is typed: a row that no run recorded is absent.
 A unit test fails where the files differ from what the records give.
 """
 
@@ -20,6 +20,8 @@ from _results import ROOT, Growth, Row, exponents, figure, growths, read, shown,
 
 FOLDER = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SCALE = ("scale", "simulate")
+"""Scripts whose tables docs/scale.md shows too."""
 _NONE = "No run is recorded yet: `make bench` records them."
 _COLOURS = ("#1b6ca8", "#c8553d", "#5b8c5a", "#8e6c8a", "#b8860b")
 
@@ -27,7 +29,9 @@ _COLOURS = ("#1b6ca8", "#c8553d", "#5b8c5a", "#8e6c8a", "#b8860b")
 def pages(folder: Path = FOLDER, root: Path = ROOT) -> dict[Path, str]:
     """File → what it must contain."""
     found = read(folder)
+    at_scale = {script: runs for script, runs in found.items() if script in SCALE}
     texts = {root / "README.md": readme_table(found), root / "docs" / "benchmarks.md": tables(found)}
+    texts[root / "docs" / "scale.md"] = tables(at_scale)
     result = {path: between(path.read_text(), text) for path, text in texts.items()}
     return result | {root / "docs" / "benchmarks_plots.html": plots(found)}
 

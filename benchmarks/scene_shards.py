@@ -1,4 +1,4 @@
-"""Shards of generated scenes for benchmarks, drawn once and by all cores."""
+"""Shards of generated scenes for benchmarks, drawn once and by all cores, and made-up embeddings for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import concurrent.futures
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
+
+from diptych.datasets.embed_layout import Layout
+from diptych.datasets.manifest import open_manifest
 from diptych.datasets.scenes import samples
 from diptych.datasets.shards import ShardWriter
 
@@ -21,3 +25,18 @@ def write_scenes(folder: Path, count: int, size: int) -> None:
 
 def _write(folder: str, shard: int, size: int) -> None:
     ShardWriter(folder, _PER_SHARD).write_shard(shard, samples(0, shard * _PER_SHARD, (shard + 1) * _PER_SHARD, size))
+
+
+def write_embeddings(folder: Path, shards: Path, dim: int) -> None:
+    """Random unit vectors for pictures and captions of `shards`, in clip-retrieval's layout: for speed, not for learning."""
+    manifest = open_manifest(str(shards))
+    layout = Layout(str(folder), manifest.samples, max(1, manifest.samples))
+    if layout.is_finished(0):
+        return
+    random = np.random.default_rng(0)
+    vectors = {name: random.standard_normal((manifest.samples, dim), dtype=np.float32) for name in ("image", "text")}
+    vectors = {name: found / np.linalg.norm(found, axis=1, keepdims=True) for name, found in vectors.items()}
+    table = manifest.rows(np.arange(manifest.samples), ["key", "caption", "shard"])
+    names = [manifest.shard_names[shard] for shard in table["shard"].to_pylist()]
+    rows = {"image_path": table["key"].to_pylist(), "caption": table["caption"].to_pylist(), "shard": names}
+    layout.write(0, vectors, rows, [])

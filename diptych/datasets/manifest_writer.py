@@ -200,20 +200,38 @@ class _Roles:
 
 def _repeated_keys(columns: Columns, names: list[str], starts: np.ndarray) -> Iterator[Fault]:
     hashes = columns["key_hash"]
+    parts = (np.sort(part) for part in _hashes_in_parts(hashes, columns.folder))
+    found = [np.unique(ordered[1:][ordered[1:] == ordered[:-1]]) for ordered in parts]
+    repeated = np.concatenate(found)
+    if not len(repeated):
+        return
+    first: dict[str, int] = {}
+    for start in range(0, len(hashes), CHUNK_ROWS):
+        for row in (start + np.flatnonzero(np.isin(hashes[start : start + CHUNK_ROWS], repeated))).tolist():
+            key = _key(columns, row)
+            if first.setdefault(key, row) != row:
+                detail = f"{_shard_of(first[key], names, starts)} has a sample of the same key"
+                yield Fault(_shard_of(row, names, starts), key, "repeated_key", detail)
+
+
+def _hashes_in_parts(hashes: np.ndarray, folder: str) -> Iterator[np.ndarray]:
+    """The hashes in parts of about `HASHES_AT_ONCE`, equal ones in the same: each is read once, however many parts there are."""
     parts = 1 + len(hashes) // HASHES_AT_ONCE
-    for part in range(parts):
-        chunks = (hashes[start : start + CHUNK_ROWS] for start in range(0, len(hashes), CHUNK_ROWS))
-        ordered = np.sort(np.concatenate([chunk[chunk % parts == part] for chunk in chunks])) if len(hashes) else hashes
-        repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-        if not len(repeated):
-            continue
-        first: dict[str, int] = {}
+    if parts == 1:
+        yield hashes
+        return
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(parts)]
         for start in range(0, len(hashes), CHUNK_ROWS):
-            for row in (start + np.flatnonzero(np.isin(hashes[start : start + CHUNK_ROWS], repeated))).tolist():
-                key = _key(columns, row)
-                if first.setdefault(key, row) != row:
-                    detail = f"{_shard_of(first[key], names, starts)} has a sample of the same key"
-                    yield Fault(_shard_of(row, names, starts), key, "repeated_key", detail)
+            chunk = np.asarray(hashes[start : start + CHUNK_ROWS])
+            owner = chunk % np.uint64(parts)
+            order = np.argsort(owner, kind="stable")
+            ends = np.searchsorted(owner[order], np.arange(parts + 1, dtype=np.uint64))
+            for number, file in enumerate(files):
+                file.write(chunk[order[ends[number] : ends[number + 1]]].tobytes())
+        for file in files:
+            file.seek(0)
+            yield np.frombuffer(file.read(), hashes.dtype)
 
 
 def _unfinished(shards: list[dict[str, Any]]) -> Iterator[Fault]:

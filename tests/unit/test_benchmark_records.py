@@ -31,7 +31,7 @@ Row, Size, Results = _results.Row, _results.Size, _results.Results
 def test_the_pages_are_what_the_records_give() -> None:
     """`benchmarks/page.py` writes them after a change of benchmarks/results; figures are never typed."""
     made = page.pages()
-    assert {path.name for path in made} == {"README.md", "benchmarks.md", "benchmarks_plots.html"}
+    assert {path.name for path in made} == {"README.md", "benchmarks.md", "benchmarks_plots.html", "scale.md"}
     assert not [path.name for path, text in made.items() if path.read_text() != text]
 
 
@@ -97,14 +97,15 @@ def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path, monkeypatch: 
 
 
 def test_pages_follow_the_records(tmp_path: Path) -> None:
-    for name in ("README.md", "docs/benchmarks.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/scale.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
     sizes = [
         Row(f"sort {n} | rows", "s", [n / 10], "peer", [n / 5], less=True, headline=n > 10, size=Size("sort", "rows", n)) for n in (10, 99)
     ]
     recorded(tmp_path / "results", "sort", *sizes, Row("kept <whole>", "yes/no", [1.0], at_least=1.0))
-    readme, table, plots = (text for _, text in sorted(page.pages(tmp_path / "results", tmp_path).items()))
+    recorded(tmp_path / "results", "simulate", Row("far away", "s", [1.0]))
+    readme, table, plots, scale = (text for _, text in sorted(page.pages(tmp_path / "results", tmp_path).items()))
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     assert "old" not in readme + table
@@ -112,6 +113,8 @@ def test_pages_follow_the_records(tmp_path: Path) -> None:
     assert "sort 10" not in readme
     assert "sort 10" in table
     assert "seconds grow as rows to the power of 1.00 (Diptych), 1.00 (peer)" in table
+    assert "far away" in scale
+    assert "sort" not in scale
     assert plots.count("<svg") == 2
     assert "kept &lt;whole&gt;" in plots
     with pytest.raises(ValueError, match="markers"):
