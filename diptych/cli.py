@@ -51,7 +51,7 @@ Examples:
   diptych index shards/
   diptych train coca --recipe smoke data.shards=shards/ workers=2
   diptych train dalle2_prior data.shards=shards/ data.embeddings=embeddings/ train.strategy=zero2
-`diptych VERB --help` shows a verb's options. Exit status: 0 done, 1 faults or failure, 2 wrong call."""
+`diptych VERB --help` shows a verb's options. Exit status 0 done, 1 faults or failure, 2 wrong call."""
 
 
 def available_verbs() -> dict[str, str]:
@@ -101,9 +101,12 @@ def _application(arguments: list[str]) -> Any:
     """A Typer application that holds only the verb that is called, or all for shell completion."""
     import typer
 
-    # Plain help instead of boxes: it fits a screen, and rich's Markdown is not imported for it.
+    # Plain help instead of boxes: it fits a screen, and rich's Markdown is not imported for it. Click alone would fill 80 columns of any screen.
     application = typer.Typer(
-        rich_markup_mode=None, add_completion=True, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+        rich_markup_mode=None,
+        add_completion=True,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
     application.callback()(lambda: None)
     verbs = available_verbs()

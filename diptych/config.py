@@ -22,6 +22,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from diptych.batches import Needs
+from diptych.documentation import field_documentation
 from diptych.redaction import without_secrets
 
 
@@ -38,9 +39,9 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every section: frozen, unknown keys refused, documentation taken from the string under a field."""
+    """Base of every section: frozen, unknown keys refused, documented by the string under each field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -459,7 +460,7 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, prefix: str) ->
     received = first["input"]
     allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     choices = get_args(field.annotation) if field is not None and str(field.annotation).startswith("typing.Literal") else ()
-    remedy = (field.description or "") if field is not None else ""
+    remedy = field_documentation(cls, name)
     if choices and isinstance(received, str):
         near = difflib.get_close_matches(received, [str(choice) for choice in choices], n=1, cutoff=0.4)
         allowed, remedy = ", ".join(map(str, choices)), (f"Did you mean {near[0]}?" if near else remedy)

@@ -12,6 +12,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from diptych.config import Config, ConfigError, load_recipe, recipes_of, task_config_class, task_names
+from diptych.documentation import field_documentation
 from diptych.pipelines.console import finish
 from diptych.tune_spaces import spaces_of
 
@@ -64,7 +65,7 @@ def _keys(config: Config, prefix: str = "") -> list[dict[str, Any]]:
         if isinstance(value, Config):
             rows += _keys(value, f"{prefix}{name}.")
         else:
-            documentation = " ".join((field.description or "").split())
+            documentation = " ".join(field_documentation(type(config), name).split())
             row = {"key": prefix + name, "value": stored[name], "type": _type_name(field.annotation), "allowed": _allowed(field)}
             rows.append(row | {"documentation": documentation})
     return rows

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from diptych.tune_spaces import Domain, Space
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RESAMPLED = 0.25
 """Probability that a parameter is drawn afresh and not perturbed."""
@@ -38,6 +39,8 @@ def next_generation(
 
     Members that failed are cloned over even beyond the quantile, as long as one is alive.
     """
+    import numpy as np
+
     alive = sorted((name for name, score in scores.items() if score is not None), key=lambda name: (_rank(scores[name], mode), name))
     failed = sorted(name for name, score in scores.items() if score is None)
     count = max(1, round(space.quantile * len(scores)))

@@ -1,4 +1,4 @@
-"""The command line answers at once, fits a screen, and ends with status 2 on a wrong call."""
+"""The command line answers at once, fits a screen, completes its words, and ends with status 2 on a wrong call."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
 from diptych.cli import VERBS, available_verbs
 
 HEAVY = ("torch", "ray", "transformers", "mlflow", "pyarrow", "numpy", "pandas", "open_clip", "datasets")
+SCREEN_LINES, SCREEN_COLUMNS = 50, 100
+"""A terminal that fills a laptop's screen."""
 WHAT_WAS_IMPORTED = (
     "import atexit, sys; atexit.register(lambda: print('HEAVY', sorted(set({heavy!r}) & set(sys.modules)), file=sys.stderr)); "
 )
@@ -22,21 +23,33 @@ WHAT_WAS_IMPORTED = (
 def call(*arguments: str, report_imports: bool = False) -> subprocess.CompletedProcess[str]:
     """`diptych ARGUMENTS` in a process of its own."""
     code = (WHAT_WAS_IMPORTED.format(heavy=HEAVY) if report_imports else "") + "from diptych.cli import main; main()"
-    environment = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    environment = os.environ | {"COLUMNS": str(SCREEN_COLUMNS)}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False, env=environment
     )
 
 
-def test_help_takes_under_half_a_second() -> None:
-    """The best of several, because the machine may be busy; the promise is for an idle one."""
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        assert call("--help").returncode == 0
-        seconds.append(time.perf_counter() - begin)
-    print(f"diptych --help: median {statistics.median(seconds):.3f} s, best {min(seconds):.3f} s")
-    assert min(seconds) < 0.5
+def cpu_seconds(*arguments: str) -> float:
+    """CPU time of a Python process, user's and system's."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
+_YARDSTICK = "total = 0\nfor number in range(4_000_000): total += number * number"
+"""Takes about 0.25 s of CPU on the machine that the promise was measured on."""
+
+
+@pytest.mark.parametrize("verb", ["", *available_verbs()])
+def test_help_takes_under_half_a_second(verb: str) -> None:
+    """The median of three in CPU time. A core that other work shares, or a slower one, takes longer for the yardstick too."""
+    call = ["-m", "diptych", *([verb] if verb else []), "--help"]
+    seconds = statistics.median(cpu_seconds(*call) for _ in range(3))
+    allowed = 0.5 * max(1.0, cpu_seconds("-c", _YARDSTICK) / 0.25)
+    print(f"diptych {verb} --help: {seconds:.2f} s of CPU, {allowed:.2f} s allowed")
+    assert seconds < allowed
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
@@ -49,8 +62,8 @@ def test_help_imports_nothing_heavy(flag: str) -> None:
 
 def test_help_fits_a_screen_and_names_every_verb() -> None:
     page = call("--help").stdout
-    assert max(map(len, page.splitlines())) <= 120
-    assert len(page.splitlines()) <= 40
+    assert max(map(len, page.splitlines())) <= SCREEN_COLUMNS
+    assert len(page.splitlines()) <= SCREEN_LINES
     assert len(available_verbs()) > 0
     for verb, text in available_verbs().items():
         assert re.search(rf"^  {verb} +{re.escape(text)}$", page, re.MULTILINE), verb
@@ -81,7 +94,8 @@ def test_verb_help_shows_an_example_and_imports_nothing_heavy(verb: str) -> None
     imported = answer.stderr.strip().rpartition("HEAVY ")[2]
     assert "torch" not in imported
     assert "'ray'" not in imported
-    assert len(answer.stdout.splitlines()) <= 64, "fits a tall screen"
+    assert len(answer.stdout.splitlines()) <= SCREEN_LINES
+    assert max(map(len, answer.stdout.splitlines())) <= SCREEN_COLUMNS
 
 
 def test_wrong_verb_ends_with_2_and_the_nearest() -> None:
@@ -128,3 +142,31 @@ def test_a_module_runs_as_its_verb(verb: str) -> None:
         [sys.executable, "-m", f"diptych.pipelines.{verb}", "--json"], capture_output=True, text=True, timeout=60, check=True
     )
     assert module.stdout == call(verb, "--json").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("diptych tr", {"train"}),
+        ("diptych ", set(available_verbs())),
+        ("diptych train --re", {"--recipe"}),
+        ("diptych pack --caption", {"--caption-column", "--captions"}),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_options(shell: str, words: str, expected: set[str]) -> None:
+    """As the scripts that `diptych --show-completion` prints ask for it."""
+    variables = {"_DIPTYCH_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}
+    variables |= {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "diptych"], capture_output=True, text=True, timeout=60, check=False, env=os.environ | variables
+    )
+    offered = set(re.findall(r"(?<![\w-])[a-z-]+(?![\w-])", answer.stdout))
+    assert expected <= offered, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_of_a_shell_is_printed(shell: str) -> None:
+    answer = call("--show-completion", shell)
+    assert answer.returncode == 0, answer.stderr
+    assert "_DIPTYCH_COMPLETE" in answer.stdout

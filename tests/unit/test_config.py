@@ -26,6 +26,7 @@ from diptych.config import (
     task_config_class,
     task_names,
 )
+from diptych.documentation import field_documentation
 
 SHIPPED = [(task, recipe) for task in task_names() for recipe in recipes_of(task)]
 every_recipe = pytest.mark.parametrize(("task", "recipe"), SHIPPED)
@@ -94,11 +95,15 @@ def test_every_field_is_documented(task: str) -> None:
     assert not undocumented
 
 
-def _descriptions(config: Config, prefix: str = "") -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name, field in type(config).model_fields.items():
+def _descriptions(config: Config, prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in type(config).model_fields:
         value = getattr(config, name)
-        found |= _descriptions(value, f"{prefix}{name}.") if isinstance(value, Config) else {prefix + name: field.description}
+        found |= (
+            _descriptions(value, f"{prefix}{name}.")
+            if isinstance(value, Config)
+            else {prefix + name: field_documentation(type(config), name)}
+        )
     return found
 
 

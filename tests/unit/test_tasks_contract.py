@@ -11,6 +11,7 @@ import torch
 
 from diptych.batches import FIELDS, check_batch
 from diptych.config import ConfigError, RunConfig, TaskConfig, load_recipe, recipes_of, set_path, task_config_class, task_names
+from diptych.documentation import field_documentation
 from diptych.trainers import tasks
 from diptych.trainers.task import Batch, Task
 from diptych.trainers.tasks import load_task_class
@@ -64,7 +65,7 @@ def test_every_key_of_a_configuration_is_documented(name):
         for key, field in cls.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, TaskConfig.__mro__[1]):
                 found += undocumented(field.annotation)
-            if not field.description:
+            if not field_documentation(cls, key):
                 found.append(f"{cls.__name__}.{key}")
         return found
 
