@@ -70,8 +70,8 @@ class Browser:
         return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
 
     def screenshot(self, name: str) -> None:
-        """Keep a picture of the window in the folder of `DIPTYCH_SCREENSHOTS`, if that is set."""
-        folder = os.environ.get("DIPTYCH_SCREENSHOTS")
+        """Keep a picture of the window in the folder that `DIPTYCH_SCREENSHOTS` names; in CI by default in `build/screenshots`."""
+        folder = os.environ.get("DIPTYCH_SCREENSHOTS") or ("CI" in os.environ and Path(__file__).parents[1] / "build" / "screenshots")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             time.sleep(0.5)  # what slides in has arrived
