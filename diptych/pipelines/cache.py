@@ -17,7 +17,7 @@ from diptych import provenance
 from diptych.batches import CACHES, ImageNeed
 from diptych.config import ConfigError, build
 from diptych.pipelines import embed_pool
-from diptych.pipelines.console import finish, note, show_faults
+from diptych.pipelines.console import finish, note, show_faults, would
 
 if TYPE_CHECKING:
     from diptych.pipelines.embed_worker import EmbedSpec, Work
@@ -54,10 +54,10 @@ class CacheOptions(embed_pool.PoolOptions):
     """Of the model; what is stored is float16."""
 
 
-def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Cache `kind` of `shards` in `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    `options` are the fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
+    With `dry_run` nothing is written, and the plan of `embed_pool.described` returned. `options` are the fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
     without what is to be encoded, or an `out` that another call has filled.
     """
     from diptych.datasets import cached, embed_layout
@@ -66,6 +66,8 @@ def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None)
     started = time.monotonic()
     chosen = build(CacheOptions, options or {})
     spec, about = prepare(kind, shards, out, chosen)
+    if dry_run:
+        return about | embed_pool.described(spec, chosen)
     embed_layout.claim(out, about, cached.PROVENANCE)
     return embed_pool.fill(spec, chosen, f"caching {kind} of {chosen.model}", EmbedWorker) | {"seconds": time.monotonic() - started}
 
@@ -156,18 +158,22 @@ def command(
     keep: Annotated[str, typer.Option(help="keep-lists, separated by commas")] = "",
     manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
     address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be computed, start nothing")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Compute latents or states of SHARDS once, for training with data.caches; repeated, it computes only what is missing.
 
     Example: diptych cache latents shards/ latents/ --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 512 --flips
     """
-    result = run(kind, shards, out, {
+    options = {
         "model": model, "size": size, "resize": resize, "min_scale": min_scale, "crops": crops, "flips": flips, "length": length,
         "layer": layer, "seed": seed, "decoder": decoder, "precision": precision, "batch_size": batch_size,
         "partition_size": partition_size, "actors": actors, "cpus_per_actor": cpus_per_actor, "gpus_per_actor": gpus_per_actor,
         "keep": keep, "manifest": manifest, "address": address,
-    })  # fmt: skip
+    }  # fmt: skip
+    if dry_run:
+        finish(would(f"cache {kind}", run(kind, shards, out, options, dry_run=True)), json)
+    result = run(kind, shards, out, options)
     note(f"{kind} of {result['samples_out']:,} of {result['samples_in']:,} samples cached in {result['seconds']:.1f} s: {out}")
     show_faults(result["faults"])
     finish(result, json, failed=bool(result["faults"]))

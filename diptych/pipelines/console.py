@@ -83,6 +83,12 @@ def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     console.print(table)
 
 
+def would(what: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Show what a call with `--dry-run` would do, and give it back for `--json`."""
+    show_table(f"would {what}", ["what", "value"], [[key, value] for key, value in plan.items()])
+    return plan
+
+
 def show_faults(faults: list[dict[str, Any]], limit: int = 50) -> None:
     """The first `limit` faults as a table, and how many more there are."""
     if faults:

@@ -15,7 +15,7 @@ import typer
 
 from diptych.config import ConfigError, build
 from diptych.pipelines import embed_pool
-from diptych.pipelines.console import finish, note, show_faults
+from diptych.pipelines.console import finish, note, show_faults, would
 from diptych.pipelines.embed_pool import PoolOptions
 from diptych.provenance import weights_digest
 
@@ -42,10 +42,10 @@ class EmbedOptions(PoolOptions):
         return ("image", "text") if self.modality == "both" else (self.modality,)
 
 
-def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Embed `shards` into `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
+    With `dry_run` nothing is written, and the plan of `embed_pool.described` returned. `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
     to be embedded, or an `out` that another call has filled.
     """
     from diptych.datasets import embed_layout
@@ -56,12 +56,16 @@ def run(shards: str, out: str, options: dict[str, Any] | None = None) -> dict[st
         from diptych.pipelines import embed_peer
 
         peer = embed_peer.prepare(shards, out, chosen)
+        if dry_run:
+            return embed_pool.described(peer, chosen)
         embed_layout.claim(out, _provenance(peer.manifest.digest, peer.layout, chosen))
         found = embed_pool.fill(peer, chosen, f"clip-retrieval with {chosen.model}, tars", embed_peer.PeerWorker)
     else:
         from diptych.pipelines.embed_worker import EmbedWorker
 
         spec = prepare(shards, out, chosen)
+        if dry_run:
+            return embed_pool.described(spec, chosen)
         embed_layout.claim(out, _provenance(spec.selection.digest, spec.layout, chosen))
         found = embed_pool.fill(spec, chosen, f"embedding with {chosen.model}", EmbedWorker)
     return found | {"seconds": time.monotonic() - started}
@@ -108,6 +112,7 @@ def command(
     manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
     address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
     verify_samples: Annotated[str, typer.Option("--verify", metavar="K", help="compare K random samples of OUT (or `all`) instead")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be computed, start nothing")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Embed SHARDS into OUT in clip-retrieval's layout; repeated, it computes only what is missing.
@@ -119,6 +124,8 @@ def command(
         "cpus_per_actor": cpus_per_actor, "gpus_per_actor": gpus_per_actor, "precision": precision, "keep": keep, "manifest": manifest,
         "address": address, "engine": engine,
     } | ({"model": model} if model else {})  # fmt: skip
+    if dry_run:
+        finish(would("embed", run(shards, out, options, dry_run=True)), json)
     if verify_samples:
         from diptych.pipelines import embed_verify
 

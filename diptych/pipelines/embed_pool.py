@@ -72,6 +72,24 @@ def plan(shards: str, out: str, options: PoolOptions, work: Work, remedy: str) -
     return EmbedSpec(manifest, selection, layout, work, options.batch_size, options.device, threads)
 
 
+def described(spec: EmbedSpec | PeerSpec, options: PoolOptions) -> dict[str, Any]:
+    """What `fill` would do: data, resources, and the first caption."""
+    import numpy as np
+
+    layout = spec.layout
+    actors = options.actor_count
+    return {
+        "samples": spec.samples,
+        "partitions": layout.partitions,
+        "partitions_there": sum(layout.is_finished(partition) for partition in range(layout.partitions)),
+        "actors": actors,
+        "cpus": actors * spec.threads,
+        "gpus": actors * options.gpus_per_actor,
+        "digest": spec.manifest.digest,
+        "first caption": spec.manifest.rows(np.array([0]), ["caption"])["caption"][0].as_py(),
+    }
+
+
 def fill(spec: EmbedSpec | PeerSpec, options: PoolOptions, description: str, worker: type) -> dict[str, Any]:
     """Have actors of the class `worker` compute what is missing; returns `samples_in, samples_out, faults, partitions, partitions_skipped`."""
     layout = spec.layout

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines.console import finish, note, progress, show_faults, show_table
+from diptych.pipelines.console import finish, note, progress, show_faults, show_table, would
 
 if TYPE_CHECKING:
     from diptych.datasets.ingest import IngestOptions, ShardJob, ShardOutcome
@@ -48,6 +48,8 @@ def run(
     from diptych.pipelines.ray_context import ray_session
 
     _check_installed()
+    # img2dataset's albumentations would otherwise ask its index for a newer version at every import, in every worker.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     started = time.monotonic()
     out = _absolute(out)
     chosen = build(IngestOptions, options or {})
@@ -71,6 +73,27 @@ def run(
                     advance(1)
     recover(out)
     return _summary(out, before, faults, recovered) | {"seconds": time.monotonic() - started}
+
+
+def plan(urls: str, out: str, options: dict[str, Any] | None = None, jobs: int = 0) -> dict[str, Any]:
+    """What `run` would do with these arguments: the list as it is understood, and what is there already; nothing is written."""
+    from diptych.config import build
+    from diptych.datasets.ingest import IngestOptions, finished_shards
+    from diptych.datasets.ingest_list import UrlList
+
+    _check_installed()
+    chosen = build(IngestOptions, options or {})
+    with tempfile.TemporaryDirectory(prefix="diptych-ingest-") as scratch:
+        found = UrlList.open(urls, chosen, scratch)
+    return {
+        "list": found.location,
+        "format": f"{found.format}, {len(found.files)} files",
+        "url column": found.url_column,
+        "caption column": found.caption_column or "none",
+        "out": _absolute(out),
+        "shards there": len(set(finished_shards(_absolute(out)))),
+        "shards at a time": jobs or os.cpu_count() or 1,
+    } | chosen.model_dump(mode="json")
 
 
 def _shard(job: ShardJob) -> ShardOutcome:
@@ -237,6 +260,7 @@ def command(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="download again what failed, into the same shards")] = False,
     pages: Annotated[bool, typer.Option("--pages", help="URLS names web pages: their images are listed first")] = False,
     page_delay_seconds: Annotated[float, typer.Option(help="between two pages of one host")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show how the list is understood, download nothing")] = False,
     list_sets: Annotated[bool, typer.Option("--list-sets", help="show named sets and stop")] = False,
     address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
@@ -261,6 +285,10 @@ def command(
     }  # fmt: skip
     options |= {"quality": quality} if quality != 95 else {}
     options |= {"disallowed_header_directives": ()} if allow_disallowed else {}
+    if dry_run:
+        if pages:
+            raise ConfigError("--dry-run", "with --pages", "a list of URLs", "Pages have to be read before their images are known.")
+        finish(would("ingest", plan(urls, out, options, jobs)), json)
     page_faults: list[dict[str, Any]] = []
     if pages:
         urls, page_faults = list_from_pages(urls, out, page_delay_seconds)

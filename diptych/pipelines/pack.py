@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines.console import finish, note, progress, show_faults
+from diptych.pipelines.console import finish, note, progress, show_faults, would
 
 if TYPE_CHECKING:
     from diptych.datasets.pack import Columns, PackOptions, Part, PartResult
@@ -61,6 +61,30 @@ def run(source: str, out: str, options: dict[str, Any] | None = None, split: str
         "seconds": time.monotonic() - started,
         "shards": len(results),
         "shards_skipped": skipped,
+    }
+
+
+def plan(source: str, out: str, options: dict[str, Any] | None = None, split: str = "") -> dict[str, Any]:
+    """What `run` would do with these arguments: the columns that it takes, and the first sample; nothing is written."""
+    from diptych.config import build
+    from diptych.datasets.pack import Columns, PackOptions, parts
+    from diptych.datasets.pack_sources import open_source
+
+    chosen = build(PackOptions, options or {})
+    table = open_source(source, split, chosen.image_column)
+    columns = Columns.of(table, chosen)
+    first = next((record for part in parts(table, columns, chosen) for record in part.records(columns, chosen)), None)
+    if first is None:
+        raise ConfigError("SOURCE", source, "a source with at least one row", "It is empty.")
+    return {
+        "source": source,
+        "out": out,
+        "rows": getattr(table, "length", "read as they come"),
+        "columns": ", ".join(table.columns),
+        "image column": columns.image or "none: prompts alone",
+        "caption column": columns.caption or chosen.template or "none",
+        "first sample": first.row.name,
+        "first caption": first.caption or (f"{first.fault[0]}: {first.fault[1]}" if first.fault else "none"),
     }
 
 
@@ -177,6 +201,7 @@ def command(
     hub_layout: Annotated[str, typer.Option(help="files on the hub: webdataset or imagefolder")] = "webdataset",
     private: Annotated[bool, typer.Option(help="make that data set private")] = True,
     jobs: Annotated[int, typer.Option(help="processes; 0 = one per core")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show columns and the first sample, write nothing")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Pack SOURCE into webdataset shards in OUT; repeated, it packs only what is missing.
@@ -188,6 +213,8 @@ def command(
         "uncaptioned": uncaptioned, "template": template, "clean_keywords": clean_keywords, "resize": resize, "size": size,
         "image_format": image_format, "quality": quality,
     }  # fmt: skip
+    if dry_run:
+        finish(would("pack", plan(source, out, options, split)), json)
     result = run(source, out, options, split, jobs)
     show_faults(result["faults"])
     note(f"{result['samples_out']:,} of {result['samples_in']:,} samples in {result['shards']} shards, {result['seconds']:.1f} s: {out}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines.console import finish, note
+from diptych.pipelines.console import finish, note, would
 from diptych.redaction import is_secret_name, without_credentials
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def run(
     environment: tuple[str, ...] = (),
     name: str = "",
     wait: bool = True,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Submit `verb arguments` and, with `wait`, print its output until it ends.
+    """Submit `verb arguments` and, with `wait`, print its output until it ends; with `dry_run` only return what would be sent.
 
     Returns `job, address, status` (Ray's word, such as SUCCEEDED) and `exit_status` of the verb (None while it runs). Raises
     `ConfigError` for a cluster that does not answer, a token that is missing or wrong, or a folder that is too large.
@@ -80,8 +81,10 @@ def run(
         raise ConfigError("VERB", verb, ", ".join(verbs))
     # Checked before anything is sent: what is wrong here needs no cluster.
     environment_of_job = job_environment(runtime_env, environment, working_dir, excludes)
-    client = connect(address)
     entrypoint = shlex.join(["python", "-m", f"diptych.pipelines.{verb}", *arguments])
+    if dry_run:
+        return {"entrypoint": entrypoint, "address": address or "as the environment says", "runtime_env": environment_of_job}
+    client = connect(address)
     job = _submit(client, entrypoint, environment_of_job, name, working_dir)
     note(f"job {job} on {client.get_address()}: {entrypoint}")
     if wait:
@@ -255,6 +258,7 @@ def command(
     env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job; no secrets (repeatable)")] = None,
     runtime_env: Annotated[str, typer.Option(help="YAML or JSON with Ray's runtime environment (pip, image_uri, …)")] = "",
     name: Annotated[str, typer.Option(help="the job's id; default: one that Ray makes")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the job and its environment, send nothing")] = False,
     wait: Annotated[bool, typer.Option(help="follow the output until the job ends")] = True,
     follow_job: Annotated[str, typer.Option("--follow", metavar="JOB", help="follow a job that was submitted before")] = "",
     stop: Annotated[str, typer.Option(metavar="JOB", help="stop a job: its run writes a checkpoint and ends")] = "",
@@ -270,8 +274,10 @@ def command(
         kept, variables = tuple(exclude or ()), tuple(env or ())
         result = run(
             verb, arguments or [], address, working_dir=working_dir, excludes=kept, runtime_env=runtime_env, environment=variables,
-            name=name, wait=wait,
+            name=name, wait=wait, dry_run=dry_run,
         )  # fmt: skip
+        if dry_run:
+            finish(would("submit", result), json)
     else:
         raise ConfigError("VERB", "", "a verb, or --follow or --stop with a job", "Example: diptych submit train coca output=/shared/runs")
     _end(result, json)

@@ -22,7 +22,7 @@ import typer
 
 from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe
 from diptych.pipelines import ray_context, runs_folder, tracking
-from diptych.pipelines.console import finish, note, show_table
+from diptych.pipelines.console import finish, note, show_table, would
 from diptych.pipelines.environment import cluster as cluster_facts
 from diptych.pipelines.follow import following
 from diptych.pipelines.prepare import Prepared, prepare
@@ -325,8 +325,7 @@ def _dry_run(config: RunConfig) -> dict[str, Any]:
         "cpus": ray_context.required_cpus(config),
         "gpus": config.most_workers * config.cluster.gpus_per_worker,
     }
-    rows = [[key, value] for key, value in (resources | facts | {"first caption": caption}).items()]
-    show_table("would train", ["what", "value"], rows)
+    would("train", resources | facts | {"first caption": caption})
     return {"config": json.loads(prepared.config.to_json(public=True)), "resources": resources, "data": facts}
 
 
