@@ -30,6 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_two_actors_fill_a_cache_that_streams_and_only_what_is_missing_is_made_again(ray_session: Any, shards: str, tmp_path: Path) -> None:
     out, model = str(tmp_path / "latents"), save_vae(tmp_path / "vae")
     options = {"model": model, "flips": True, "actors": 2, "cpus_per_actor": 1, "partition_size": 16}

@@ -35,7 +35,7 @@ def test_index_agrees_with_img2datasets_own_statistics(shared_data: Path) -> Non
     assert (result["shards"], result["samples"], result["failed_downloads"], result["faults"]) == (8, 7501, 79, [])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
 def test_the_prior_learns_from_scrambled_embeddings(
     shared_data: Path, ray_session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str
 ) -> None:

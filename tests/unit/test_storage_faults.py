@@ -116,6 +116,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EveryThird]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_run_in_an_object_store_that_stumbles(store: EveryThird, tmp_path: Path) -> None:
     """Checkpoints, metrics and trace in S3, which refuses every third request: the same run as on a disk, interrupted once."""
     store.stumbles = True

@@ -118,7 +118,7 @@ def killed(folder: str, strategy: str, kill_at: int | None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STAGES)
 def test_a_killed_worker_leaves_no_mark(tmp_path, strategy, workers):
     run_workers(killed, workers, str(tmp_path / "whole"), strategy, None)
