@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest scale kernels reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps simulate kills real_sizes
+BENCH ?= ingest scale kernels reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps trainers overhead simulate kills real_sizes
 PROMPTS ?= ../shared/data/prompts.txt
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_prompts = $(PROMPTS) runs/bench-prompts
@@ -27,6 +27,8 @@ ARGS_kills = runs/bench-kills
 ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
 SIZES ?= clip
 ARGS_embed = ../shared/data/pomological
+ARGS_overhead = runs/bench-overhead
+ARGS_trainers = runs/bench-trainers
 ARGS_simulate = runs/bench-simulate
 ARGS_page =
 # Where figures are recorded; RESULTS= records nothing.
@@ -41,7 +43,6 @@ help:  ## Show the targets
 install: .uv/bin/uv  ## Make or update the environment in .venv (EXTRAS=gpu,… chooses the extras)
 	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$(PYTHON)" .venv
 	.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt $(COMPILE) --editable ".[$(EXTRAS)]"
-	$(if $(COMPILE),$(BIN)/python -m compileall -q diptych)
 	@touch $(STAMP)
 
 .uv/bin/uv:

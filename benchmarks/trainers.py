@@ -1,0 +1,349 @@
+"""Samples per second of training beside the peers' own trainers: same model, data, batch, precision and cores.
+
+    .venv/bin/python benchmarks/trainers.py OUT --repeat 3 --seconds 15
+
+* coca: `open_clip_train.train.train_one_epoch` on its own webdataset loader, open_clip's model and `CoCaLoss`.
+* dalle2_prior: `DiffusionPriorTrainer` on DALLE2-pytorch's `PriorEmbeddingDataset` (embedding-reader), with its averaged weights.
+* dalle2_decoder: `DecoderTrainer` on its `create_image_embedding_dataloader` and embeddings in its own layout, with averaged weights.
+* clip_vit: the loop of the image-to-prompt project: pictures as files, torchvision's transforms, a DataLoader, AdamW, a cosine schedule.
+
+GPT-2 stands beside transformers' Trainer in `text.py`, Stable Diffusion beside diffusers' script in `sd_steps.py`. Peers get one loader process beside
+one training thread, which was their best on 2 cores; ours trains in one thread too and reads in another of the same process. Fresh processes in turn; rates
+after the first fifth of the steps. A peer that is not installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _results import Results, Row, add_option
+from scene_shards import write_embeddings, write_scenes
+
+from diptych.config import RunConfig, apply_overrides, load_recipe
+
+DIM, INDEX_WIDTH = 96, 3
+TASKS = {
+    "coca": ("demo", "open_clip_train", "open_clip_train"),
+    "dalle2_prior": ("demo", "dalle2_pytorch", "DALLE2-pytorch's DiffusionPriorTrainer"),
+    "dalle2_decoder": ("scenes", "dalle2_pytorch", "DALLE2-pytorch's DecoderTrainer"),
+    "clip_vit": ("scenes", "transformers", "the image-to-prompt project's loop"),
+}
+"""Task → recipe, the peer's package, the peer's name."""
+
+
+class Clock:
+    """When each step ended."""
+
+    def __init__(self, steps: int, batch_size: int) -> None:
+        self.steps, self.batch_size, self.times = steps, batch_size, list[float]()
+
+    def over(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """`batches`, at most one per step; a step ends where the next batch is asked for."""
+        for batch in batches:
+            if len(self.times) == self.steps:
+                return
+            yield batch
+            self.times.append(time.perf_counter())
+
+    @property
+    def rate(self) -> float:
+        """Samples per second after the first fifth of the steps."""
+        kept = self.times[len(self.times) // 5 :]
+        return (len(kept) - 1) * self.batch_size / (kept[-1] - kept[0])
+
+
+def config_of(task: str, out: Path, steps: int) -> RunConfig:
+    """The run of both sides."""
+    found = [f"data.shards={out / 'shards'}", f"train.steps={steps}", "workers=1", "train.precision=fp32", "validation.samples=0"]
+    found += ["checkpoint.every_steps=0", "data.validation_share=0"]
+    if task != "coca":
+        found.append(f"data.embeddings={out / 'embeddings'}")
+    if task == "clip_vit":  # the project clips nothing
+        found.append("optim.clip_norm=0")
+    return apply_overrides(load_recipe(task, TASKS[task][0]), found)
+
+
+def ours(task: str, out: Path, steps: int) -> float:
+    """Our loop in this process, with logging."""
+    from diptych.pipelines.local import train_here
+    from diptych.trainers.journal import read_metrics
+
+    config = config_of(task, out, steps)
+    run_dir = out / f"run-{os.getpid()}"
+    train_here(config, run_dir)
+    lines = [line for line in read_metrics(str(run_dir)) if line["step"] >= steps // 5]
+    return (lines[-1]["step"] - lines[0]["step"]) * config.train.global_batch_size / (lines[-1]["time"] - lines[0]["time"])
+
+
+def prepared_config(task: str, out: Path, steps: int) -> RunConfig:
+    """With tokenizer and dimensions, as the data say."""
+    from diptych.pipelines.prepare import prepare
+
+    folder = out / f"peer-{os.getpid()}"
+    folder.mkdir()
+    return prepare(config_of(task, out, steps), folder).config
+
+
+def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """Epoch after epoch."""
+    while True:
+        yield from make()
+
+
+def coca(out: Path, steps: int, loaders: int) -> float:
+    """open_clip_train's loop and loader."""
+    import functools
+
+    import open_clip
+    import torch
+    from open_clip_train import data as peer_data
+    from open_clip_train.data import get_wds_dataset
+    from open_clip_train.train import train_one_epoch
+
+    from diptych.datasets.tokens import load_tokenizer
+    from diptych.trainers.tasks.coca import CocaTask
+
+    config = prepared_config("coca", out, steps)
+    recipe: Any = config.task
+    task = CocaTask(recipe, config.seed)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    batch, optim = config.train.global_batch_size, config.optim
+    args = argparse.Namespace(
+        train_data=shards(out), train_num_samples=steps * batch, dataset_resampled=False, train_data_upsampling_factors=None, seed=0,
+        batch_size=batch, workers=loaders, world_size=1, rank=0, local_rank=0, distributed=False, horovod=False, device="cpu", precision="fp32",
+        distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=optim.clip_norm, log_every_n_steps=config.train.log_every, wandb=False,
+    )  # fmt: skip
+    # Its grouping of members does not know the mark that newer webdatasets put at the end of each tar.
+    peer_data.tar_file_expander = functools.partial(peer_data.tar_file_expander, eof_value=None)
+    data = get_wds_dataset(
+        args,
+        open_clip.image_transform(recipe.image_size, is_train=False, mean=task.built.mean, std=task.built.std),
+        is_train=True,
+        tokenizer=lambda text: torch.from_numpy(tokenizer.encode([text], recipe.context_length)[0]),
+    )
+    clock = Clock(steps, batch)
+    data.dataloader = Watched(data.dataloader, clock)
+    loss = open_clip.CoCaLoss(recipe.caption_weight, recipe.contrastive_weight, pad_id=task.vocabulary.pad)
+    # As open_clip_train's main: gains and biases are not decayed.
+    named = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
+    plain = [value for name, value in named if value.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name]
+    decayed = [value for _, value in named if all(value is not other for other in plain)]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": optim.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    train_one_epoch(task.model, {"train": data}, loss, 0, optimizer, None, None, None, args)
+    return clock.rate
+
+
+class Watched:
+    """A data loader of open_clip_train whose steps are timed."""
+
+    def __init__(self, loader: Any, clock: Clock) -> None:
+        self.loader, self.clock = loader, clock
+        self.num_batches, self.num_samples = loader.num_batches, loader.num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.clock.over(self.loader)
+
+
+def shards(out: Path) -> str:
+    """The tars as a brace pattern."""
+    tars = sorted((out / "shards").glob("*.tar"))
+    return f"{out / 'shards'}/{{{tars[0].stem}..{tars[-1].stem}}}.tar"
+
+
+def dalle2_prior(out: Path, steps: int, _: int) -> float:
+    """The lines of DALLE2-pytorch's train_diffusion_prior.py between its loader and its trainer."""
+    from accelerate import Accelerator
+    from dalle2_pytorch.dataloaders.prior_loader import PriorEmbeddingDataset, get_reader
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer
+
+    from diptych.trainers.prior_model import build_prior
+
+    config = prepared_config("dalle2_prior", out, steps)
+    optim, batch, recipe = config.optim, config.train.global_batch_size, config.task
+    prior, _section = build_prior(recipe, config.seed)  # type: ignore[arg-type]
+    trainer = DiffusionPriorTrainer(
+        prior, accelerator=Accelerator(cpu=True), lr=optim.lr, wd=optim.weight_decay, max_grad_norm=optim.clip_norm, use_ema=True,
+        warmup_steps=optim.warmup_steps, cosine_decay_max_steps=steps, ema_beta=optim.ema_decay, ema_update_every=1, ema_update_after_step=0,
+    )  # fmt: skip
+    readers = get_reader(text_conditioned=False, img_url=str(out / "embeddings" / "img_emb"), txt_url=str(out / "embeddings" / "text_emb"))
+    image, text = readers[0], readers[1]
+    whole = len(np.load(next((out / "embeddings" / "img_emb").glob("*.npy")), mmap_mode="r")) // batch * batch
+    dataset = PriorEmbeddingDataset(text_conditioned=False, batch_size=batch, start=0, stop=whole, image_reader=image, text_reader=text)
+    clock = Clock(steps, batch)
+    trainer.train()
+    for images, texts in clock.over(endless(lambda: dataset)):
+        trainer(text_embed=texts.float(), image_embed=images.float())
+        trainer.update()
+    return clock.rate
+
+
+def dalle2_decoder(out: Path, steps: int, loaders: int) -> float:
+    """The lines of DALLE2-pytorch's train_decoder.py between its loader and its trainer."""
+    from accelerate import Accelerator
+    from dalle2_pytorch.dataloaders.decoder_loader import create_image_embedding_dataloader
+    from dalle2_pytorch.trainer import DecoderTrainer
+    from torchvision import transforms
+
+    from diptych.trainers.decoder_model import create_decoder, decoder_section, effective_config
+
+    config = prepared_config("dalle2_decoder", out, steps)
+    optim, batch = config.optim, config.train.global_batch_size
+    recipe, _files = effective_config(config.task)  # type: ignore[arg-type]
+    trainer = DecoderTrainer(
+        create_decoder(decoder_section(recipe)), accelerator=Accelerator(cpu=True), lr=optim.lr, wd=optim.weight_decay, max_grad_norm=optim.clip_norm,
+        use_ema=True, warmup_steps=optim.warmup_steps, cosine_decay_max_steps=steps, ema_beta=optim.ema_decay, ema_update_every=1,
+        ema_update_after_step=0,
+    )  # fmt: skip
+    side = recipe.image_sizes[0]
+    loader = create_image_embedding_dataloader(
+        tar_url=shards(out),
+        num_workers=loaders,
+        batch_size=batch,
+        img_embeddings_url=str(out / "reordered" / "img_emb"),
+        index_width=INDEX_WIDTH,
+        img_preproc=transforms.Compose([transforms.Resize((side, side)), transforms.ToTensor()]),
+    )
+    clock = Clock(steps, batch)
+    trainer.train()
+    # Each loader process ends its epoch with what is left; short batches are not trained on.
+    for image, embedding in clock.over(batch_ for batch_ in endless(lambda: loader) if len(batch_[0]) == batch):
+        trainer(image, image_embed=embedding["img"].float(), unet_number=1)
+        trainer.update(unet_number=1)
+    return clock.rate
+
+
+def clip_vit(out: Path, steps: int, loaders: int) -> float:
+    """The image-to-prompt project's loop: pictures opened by Pillow, transforms, DataLoader, AdamW, cosine schedule, one line of loss."""
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    from diptych.trainers.tasks.clip_vit import ClipVitTask
+
+    config = prepared_config("clip_vit", out, steps)
+    recipe: Any = config.task
+    task, batch, optim = ClipVitTask(recipe, config.seed), config.train.global_batch_size, config.optim
+    files = sorted((out / "pictures").glob("*.jpg"))
+    targets = torch.from_numpy(np.load(next((out / "embeddings" / "text_emb").glob("*.npy"))).astype(np.float32))
+    side = recipe.image_size
+    steps_of = [transforms.Resize(side), transforms.CenterCrop(side), transforms.ToTensor()]
+    transform = transforms.Compose([*steps_of, transforms.Normalize(task.tower.mean, task.tower.std)])
+
+    class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return transform(Image.open(files[index]).convert("RGB")), targets[index]
+
+    loader = DataLoader(Pictures(), batch_size=batch, shuffle=True, num_workers=loaders, drop_last=True, persistent_workers=loaders > 0)
+    model = task.tower.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=optim.min_lr)
+    clock = Clock(steps, batch)
+    for images, wanted in clock.over(endless(lambda: loader)):
+        optimizer.zero_grad()
+        loss = -torch.nn.functional.cosine_similarity(model(images), wanted).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        loss.item()
+    return clock.rate
+
+
+PEERS: dict[str, Callable[[Path, int, int], float]] = {
+    "coca": coca,
+    "dalle2_prior": dalle2_prior,
+    "dalle2_decoder": dalle2_decoder,
+    "clip_vit": clip_vit,
+}
+
+
+def data(out: Path, scenes: int) -> None:
+    """Shards, embeddings in both layouts, and pictures as files; made once."""
+    from diptych.pipelines import reorder
+
+    write_scenes(out / "shards", scenes, 64)
+    write_embeddings(out / "embeddings", out / "shards", DIM)
+    if not (out / "reordered").is_dir():
+        reorder.run(str(out / "embeddings"), str(out / "shards"), str(out / "reordered"), jobs=1)
+    if not (out / "pictures").is_dir():
+        (out / "pictures").mkdir()
+        for path in sorted((out / "shards").glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.endswith(".jpg"):
+                        (out / "pictures" / member.name).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+
+
+def fresh(side: str, task: str, steps: int, options: argparse.Namespace) -> float:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, str(options.out), "--measure", f"{side}/{task}", "--steps", str(steps)]
+    command += ["--loaders", str(options.loaders), "--threads", str(options.threads)]
+    paths = [str(Path(__file__).resolve().parents[1]), str(options.peers or ""), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if found.returncode:
+        sys.stderr.write(found.stderr[-4000:])
+        raise SystemExit(f"{side} of {task} ended with {found.returncode}")
+    return float(json.loads(found.stdout.splitlines()[-1])["rate"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seconds", type=float, default=15, help="of a measurement, about")
+    parser.add_argument("--steps", type=int, default=0, help="instead of --seconds")
+    parser.add_argument("--scenes", type=int, default=4000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on each side")
+    parser.add_argument("--loaders", type=int, default=1, help="loader processes of the peers")
+    parser.add_argument("--peers", type=Path, help="folder with peers' packages, searched before the environment")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    add_option(parser)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    if options.measure:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        side, task = options.measure.split("/")
+        rate = ours(task, options.out, options.steps) if side == "ours" else PEERS[task](options.out, options.steps, options.loaders)
+        print(json.dumps({"rate": rate}))
+        return
+    data(options.out, options.scenes)
+    results = Results(__file__, options.results)
+    for task in options.tasks:
+        recipe, package, peer = TASKS[task]
+        if importlib.util.find_spec(package) is None and not (options.peers and (options.peers / package).is_dir()):
+            print(f"{task}: {package} is not installed, nothing is measured", flush=True)
+            continue
+        batch = load_recipe(task, recipe).train.global_batch_size
+        steps = options.steps or max(40, int(fresh("peer", task, 25, options) * options.seconds / batch))
+        rates: dict[str, list[float]] = {"ours": [], "peer": []}
+        for turn, side in itertools.product(range(options.repeat), rates):
+            rates[side].append(fresh(side, task, steps, options))
+            print(f"{task}, turn {turn + 1}: {side} {rates[side][-1]:9.1f} samples/s", flush=True)
+        what = f"{task}/{recipe} trains, batch {batch}, fp32, {options.threads} thread{'s' if options.threads > 1 else ''}"
+        row = results.add(Row(what, "samples/s", rates["ours"], peer, rates["peer"], at_least=1.0, headline=True))
+        print(f"{what}: {row.median['ours'] / row.median['peer']:.2f} × {peer}", flush=True)
+    sys.exit(0 if results.finish() else 1)
+
+
+if __name__ == "__main__":
+    main()
