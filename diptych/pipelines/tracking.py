@@ -175,7 +175,9 @@ class Tracker:
     def _log_parameters(self, config: RunConfig) -> None:
         from mlflow.entities import Param
 
-        values = {key: without_credentials(str(value)) for key, value in dotted_keys(config).items()}
+        # What lies in the run's own folder has one name in every run, so that a comparison shows only what was chosen differently.
+        own = f"{self.run_dir}/"
+        values = {key: without_credentials(str(value).replace(own, "")) for key, value in dotted_keys(config).items()}
         parameters = [Param(key, value[:6000]) for key, value in values.items()]
         for start in range(0, len(parameters), 100):
             self.store.log_batch(self.run_id, params=parameters[start : start + 100])
