@@ -17,10 +17,10 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -232,6 +232,17 @@ def _plain(row: Row) -> dict[str, Any]:
 def add_option(parser: argparse.ArgumentParser) -> None:
     """`--results FOLDER`."""
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="record the figures in FOLDER, one JSON file per script")
+
+
+def run_script(main: Callable[..., bool], script: str, about: str | None, folders: Sequence[str] = ("out",)) -> NoReturn:
+    """Call `main(*folders, overrides, results)` as the command line `FOLDER… [KEY=VALUE …]` says; exit status 1 if it finds a goal missed."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in folders:
+        parser.add_argument(name, type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    given = parser.parse_intermixed_args()
+    sys.exit(0 if main(*(getattr(given, name) for name in folders), given.overrides, Results(script, given.results)) else 1)
 
 
 def figure(row: Row, side: str) -> str:

@@ -8,13 +8,11 @@ this process. Exit status 1 if the cosine is less than 0.1 above the mean target
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
-from _results import Results, Row, add_option
+from _results import Results, Row, run_script
 from scene_shards import write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -54,9 +52,4 @@ def main(out: Path, overrides: list[str], results: Results) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    add_option(parser)
-    given = parser.parse_intermixed_args()
-    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)
+    run_script(main, __file__, __doc__)

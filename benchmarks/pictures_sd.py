@@ -9,12 +9,10 @@ took more than 20 minutes of two cores. Interrupted training goes on in the next
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
-from _results import Results, add_option
+from _results import Results, run_script
 from scene_judge import judge, timed, train, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
@@ -50,9 +48,4 @@ def main(out: Path, overrides: list[str], results: Results) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    add_option(parser)
-    given = parser.parse_intermixed_args()
-    sys.exit(0 if main(given.out, given.overrides, Results(__file__, given.results)) else 1)
+    run_script(main, __file__, __doc__)

@@ -9,16 +9,14 @@ perplexity is above 0.8 of the interpolated trigram's, sampling leads the strate
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _results import Results, Row, add_option
+from _results import Results, Row, run_script
 from ngrams import LinearTrigram, NgramModel
 
 from diptych.batches import StepBatch
@@ -140,10 +138,4 @@ def main(data: Path, out: Path, overrides: list[str], recorded: Results) -> bool
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    add_option(parser)
-    given = parser.parse_intermixed_args()
-    sys.exit(0 if main(given.data, given.out, given.overrides, Results(__file__, given.results)) else 1)
+    run_script(main, __file__, __doc__, ("data", "out"))
