@@ -47,8 +47,8 @@ def test_every_script_can_record() -> None:
     assert len(scripts) > 10
     for path in scripts:
         text = path.read_text()
-        assert "add_option(" in text, path.name
-        assert "Results(__file__, " in text, path.name
+        recorded = "add_option(" in text and "Results(__file__, " in text
+        assert recorded or "run_script(main, __file__, __doc__" in text, path.name
 
 
 def test_a_ratio_is_of_medians_and_its_spread_of_turns() -> None:
