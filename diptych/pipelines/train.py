@@ -166,9 +166,10 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout(prepared.config)))
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from diptych.pipelines.failures import FailureLog
+    from diptych.pipelines.process_group import ProcessGroupConfig
     from diptych.pipelines.session import payload_of, train_worker
 
     config, cluster = prepared.config, prepared.config.cluster
@@ -183,7 +184,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
         TorchTrainer(
             train_worker,
             train_loop_config=payload_of(prepared, run_dir, trial),
-            torch_config=TorchConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
+            torch_config=ProcessGroupConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=config.workers if isinstance(config.workers, int) else (config.least_workers, config.most_workers),
                 use_gpu=bool(cluster.gpus_per_worker),
