@@ -3,8 +3,8 @@
     python benchmarks/kills.py OUT [--kills 20] [--seed 0] [--workers 2..3]
 
 Each kill takes a worker, a node (which another one replaces) or the driver (which is started again with the same command), at a random
-moment: so many steps after the last one, while a checkpoint is being written, or during start-up. Prints a line per kill, and at the end
-what was checked. Peers: none that we know of resumes a run at the sample where it was killed, so there is nothing to run beside it.
+moment: so many steps after the last one, while a checkpoint is being written, or during start-up. A driver that ends with an error is
+started again with the same command too, as a person would, and counted. Prints a line per kill, and at the end what was checked. Peers: none that we know of resumes a run at the sample where it was killed, so there is nothing to run beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from _results import Results, Row, add_option
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
-from support_cluster import NodesOfRay, nodes_of_ray  # noqa: E402
+from support_cluster import NodesOfRay, nodes_of_ray, ray_variables  # noqa: E402
 from support_runs import logged_step, make_shards, overrides, trace_of, writing_checkpoint  # noqa: E402
 
 GLOBAL_BATCH = 8
 MOMENTS = ("steps", "steps", "upload", "start-up")
+PATIENCE_SECONDS = 1500
+"""For a moment to come. Ray's coordinator keeps the claim of a killed driver for 3 minutes, and its successor waits for that."""
+RESTARTS = 10
+"""Drivers that may end with an error before the run counts as failed."""
 
 
 class Run:
@@ -41,27 +46,38 @@ class Run:
         changes: dict[str, Any] = {"train__steps": steps, "checkpoint__every_steps": 7, "workers": workers, "cluster__resize_seconds": 5}
         changes |= {"cluster__max_failures": 100, "cluster__controller_failures": 100}
         self.arguments = overrides(shards, "killed", **changes)
+        self.restarts = 0
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
         """The same command each time."""
         command = [sys.executable, "-m", "diptych.pipelines.train", "coca", *self.arguments, "--json"]
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
-        variables = os.environ | self.nodes.environment | {"MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(REPOSITORY)}
+        variables = os.environ | self.nodes.environment | {"MLFLOW_TRACKING_URI": store}
         with (self.folder / "driver.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
+
+    def restart(self) -> None:
+        """After a driver that ended with an error, which is told and counted."""
+        self.restarts += 1
+        print(f"  the driver ended with {self.driver.returncode}; starting it again", flush=True)
+        if self.driver.returncode == 2 or self.restarts > RESTARTS:
+            raise SystemExit(f"the run does not go on; see {self.folder}/driver.log")
+        self.driver = self.start()
 
     def attempts(self) -> int:
         """Starts of the worker group so far."""
         return len(list((self.run_dir / "attempts").glob("[0-9]*.json"))) if self.run_dir.is_dir() else 0
 
     def await_moment(self, moment: str, rng: random.Random) -> None:
-        """Return at the moment to kill; a driver that ended is started again meanwhile."""
+        """Return at the moment to kill; a driver that failed is started again meanwhile."""
         begin, first, seen = time.monotonic(), logged_step(self.run_dir) if self.run_dir.is_dir() else 0, self.attempts()
         wait, steps = rng.uniform(1, 15), rng.randint(3, 40)
-        while time.monotonic() - begin < 600:
+        while time.monotonic() - begin < PATIENCE_SECONDS:
+            if self.driver.poll() == 0:
+                raise SystemExit("the run ended before all kills were made: raise --steps")
             if self.driver.poll() is not None:
-                self.driver = self.start()
+                self.restart()
             if moment == "start-up" and time.monotonic() - begin > wait:
                 return
             if moment == "steps" and self.attempts() > 0 and logged_step(self.run_dir) >= first + steps:
@@ -69,14 +85,15 @@ class Run:
             if moment == "upload" and self.attempts() >= max(seen, 1) and writing_checkpoint(self.run_dir):
                 return
             time.sleep(0.01)
-        raise SystemExit(f"{moment} did not come in 10 minutes; see {self.folder}/driver.log")
+        raise SystemExit(f"{moment} did not come in {PATIENCE_SECONDS} s; see {self.folder}/driver.log")
 
     def kill(self, what: str, rng: random.Random) -> str:
         """Kill it; what was really hit."""
         if what == "worker":
-            found = [process for process in psutil.process_iter(["cmdline"]) if self._is_worker(process)]
+            found = [process for process in psutil.process_iter() if self._is_worker(process)]
             if found:
-                rng.choice(found).kill()
+                with suppress(psutil.NoSuchProcess):
+                    rng.choice(found).kill()
                 return "worker"
             what = "driver"
         if what == "node":
@@ -98,8 +115,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Wait for the end; the driver's result."""
         while self.driver.wait() != 0:
-            print(f"  the driver ended with {self.driver.returncode}; starting it again", flush=True)
-            self.driver = self.start()
+            self.restart()
         return json.loads((self.folder / "driver.log").read_text().strip().splitlines()[-1])
 
 
@@ -148,6 +164,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     rng = random.Random(options.seed)
     begin = time.monotonic()
+    # Nodes hand their environment on to the workers, which must find this checkout and no other.
+    os.environ.update(ray_variables() | {"PYTHONPATH": str(REPOSITORY)})
     with pytest.MonkeyPatch.context() as patch, nodes_of_ray(patch) as nodes:
         for _ in range(3):
             nodes.add()
@@ -167,8 +185,13 @@ def main() -> None:
         print(f"{'ok ' if held else 'NOT'} {name}")
         results.check(f"after {options.kills} kills of one run: {name}", held)
     results.add(Row(f"after {options.kills} kills of one run: starts of the worker group", "", [attempts]))
+    results.add(Row(f"after {options.kills} kills of one run: drivers that ended with an error", "", [run.restarts]))
     results.finish()
-    print(json.dumps({"kills": counts, "attempts": attempts, "seconds": round(time.monotonic() - begin), "checks": checks}))
+    print(
+        json.dumps(
+            {"kills": counts, "attempts": attempts, "restarts": run.restarts, "seconds": round(time.monotonic() - begin), "checks": checks}
+        )
+    )
     raise SystemExit(not all(checks.values()))
 
 

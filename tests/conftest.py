@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support_cluster import ray_variables
 
 # A loaded machine is no fault of the property; in CI the examples are the same each time, so that a red run can be repeated.
 settings.register_profile("diptych", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ)
@@ -22,7 +23,6 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
         # Train's report() waits for its controller's poll; 2 s by default.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
@@ -36,6 +36,7 @@ os.environ.update(
         "NO_COLOR": "1",
         "COLUMNS": "160",
     }
+    | ray_variables()
 )
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

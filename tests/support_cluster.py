@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,35 @@ import psutil
 MEGABYTES = 1 << 20
 
 
+def ray_variables() -> dict[str, str]:
+    """For a process that starts a Ray, before it imports one: it reads these once and keeps the token that it has seen first.
+
+    A token of its own, so that neither that of the user is used nor one is left in their home; and nodes that may start slowly.
+    """
+    folder = tempfile.mkdtemp(prefix="dip-token-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = Path(folder) / "token"
+    token.write_text(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A node that is not up after 30 s, which a loaded machine takes, would else be given up.
+        "RAY_raylet_start_wait_time_s": "180",
+    }
+
+
 class NodesOfRay:
     """Raylets of a `ray.cluster_utils.Cluster`. This process joins no Ray; drivers are processes with `environment`."""
 
-    def __init__(self, folder: str, token: str, head_cpus: int, dashboard: bool) -> None:
+    def __init__(self, folder: str, head_cpus: int, dashboard: bool) -> None:
         from ray.cluster_utils import Cluster
 
-        self.token, self.folder = token, Path(folder)
+        self.folder = Path(folder)
         head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
         head |= {"include_dashboard": dashboard} | ({"dashboard_port": 0} if dashboard else {})
         self.cluster = Cluster(shutdown_at_exit=True)
-        self._start(head)
+        self.cluster.add_node(**head)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -39,45 +58,40 @@ class NodesOfRay:
         return f"http://{self.cluster.webui_url}"
 
     def owns(self, process: psutil.Process) -> bool:
-        """Whether a process runs below one of these nodes; others may run a Ray on this machine too."""
-        return str(process.environ().get("RAY_AUTH_TOKEN_PATH", "")) == self.token
+        """Whether a process runs below one of these nodes; others may run a Ray on this machine too.
+
+        By its parents: Ray's title of a process overwrites the environment that the system shows of it.
+        """
+        ours = {started.process.pid for node in self.cluster.list_all_nodes() for started in _processes(node)}
+        return any(parent.pid in ours for parent in process.parents())
 
     def add(self, cpus: int = 1) -> Any:
         """Start a node."""
-        return self._start({"num_cpus": cpus, "object_store_memory": 150 * MEGABYTES})
-
-    def _start(self, arguments: dict[str, Any]) -> Any:
-        """Ray gives a node 30 s to start, which a loaded machine may not keep."""
-        for attempt in range(4):
-            try:
-                return self.cluster.add_node(**arguments)
-            except Exception as error:
-                if attempt == 3 or "timed out during startup" not in str(error):
-                    raise
-        raise AssertionError
+        return self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MEGABYTES)
 
     def kill(self, node: Any) -> None:
         """SIGKILL a node's raylet and all that it started, as a machine that goes away."""
-        raylets = [process.process.pid for processes in node.all_processes.values() for process in processes]
-        below = [child for pid in raylets if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)]
+        pids = [started.process.pid for started in _processes(node)]
+        below = [child for pid in pids if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)]
         self.cluster.remove_node(node, allow_graceful=False)
         for process in below:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _processes(node: Any) -> list[Any]:
+    """What Ray started for a node: its raylet and helpers."""
+    return [started for kind in node.all_processes.values() for started in kind]
 
 
 @contextmanager
 def nodes_of_ray(monkeypatch: Any, head_cpus: int = 0, dashboard: bool = False) -> Iterator[NodesOfRay]:
-    """A head with a token of its own; every process that is started below the test inherits the token."""
+    """A head of its own, in a process with `ray_variables`; every process that is started below inherits the token."""
     # Sockets have short names only, so not below pytest's long folder.
     folder = tempfile.mkdtemp(prefix="dip-", dir="/tmp")
-    token = Path(folder) / "token"
-    token.write_text(secrets.token_hex(32))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     # A node of one CPU would keep one idle process, and start another for every read.
     monkeypatch.setenv("RAY_num_workers_soft_limit", "4")
-    nodes = NodesOfRay(os.path.join(folder, "ray"), str(token), head_cpus, dashboard)
+    nodes = NodesOfRay(os.path.join(folder, "ray"), head_cpus, dashboard)
     try:
         yield nodes
     finally:

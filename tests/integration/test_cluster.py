@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from diptych.trainers.attempts import read_attempts
 from diptych.trainers.runfolder import RunFolder
 
 SECRET = "sesame-open-4711"
+SECRETS = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"), SECRET)
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Jobs call `python`, and find it where this interpreter lies.
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -37,6 +38,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", PROGRAMS)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    # On the nodes, where they belong: drivers and workers have them.
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def call(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Comple
     inherited = {key: value for key, value in os.environ.items() if key not in variables or variables[key]}
     changed = {key: value for key, value in variables.items() if value}
     return subprocess.run(
-        arguments, cwd=cwd, env=inherited | changed, capture_output=True, text=True, timeout=500, check=False, stdin=subprocess.DEVNULL
+        arguments, cwd=cwd, env=inherited | changed, capture_output=True, text=True, timeout=1200, check=False, stdin=subprocess.DEVNULL
     )
 
 
@@ -73,10 +77,15 @@ def files_with(text: str, *folders: Path) -> list[Path]:
     """Every file below `folders` that holds `text`."""
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     assert files
-    return [file for file in files if text.encode() in file.read_bytes()]
+    found = []
+    for file in files:
+        with suppress(FileNotFoundError):  # Ray goes on, and removes files of its own.
+            found += [file] if text.encode() in file.read_bytes() else []
+    return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_path: Path) -> None:
     """`diptych submit` and `ray job submit`: logs are followed, run and checkpoints lie in the shared folder; no token, no job."""
     nodes.add(cpus=4)
@@ -87,16 +96,15 @@ def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_pa
     begin = time.monotonic()
     refused = call([*submit, "train", "coca"], checkout, **tokenless)
     assert refused.returncode == 2, refused.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 120
     assert "RAY_AUTH_TOKEN: received 'no token'; allowed: the token of the cluster" in refused.stderr
     wrong = call([*submit, "train", "coca"], checkout, RAY_AUTH_TOKEN="f" * 64)
     assert wrong.returncode == 2
     assert "a wrong token" in wrong.stderr
     assert "f" * 64 not in wrong.stderr
 
-    secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "HF_TOKEN": SECRET, "MLFLOW_TRACKING_PASSWORD": SECRET}
     mine = arguments_of(tmp_path, shards, "mine")
-    done = call([*submit, "--json", "train", "coca", "--recipe", "smoke", *mine], checkout, **secrets)
+    done = call([*submit, "--json", "train", "coca", "--recipe", "smoke", *mine], checkout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "finished at step 12" in done.stdout, "the job's own output is followed"
     told = json.loads(done.stdout.strip().splitlines()[-1])
@@ -109,7 +117,7 @@ def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_pa
     )
     assert missing.returncode == 2
     assert "what the cluster can schedule: 2 GPU needed, 0 there" in missing.stderr
-    assert time.monotonic() - begin < 60, "5 s and what the imports take on a busy machine"
+    assert time.monotonic() - begin < 120, "5 s and what the imports take on a busy machine"
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert not files_with(SECRET, tmp_path / "shared", nodes.folder), "neither run, nor MLflow, nor Ray's logs and packages"
     assert not files_with(token, tmp_path / "shared", nodes.folder / "session_latest" / "logs")

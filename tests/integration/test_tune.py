@@ -20,6 +20,8 @@ from diptych.trainers.checkpoint import load
 from diptych.trainers.journal import read_metrics
 from diptych.trainers.runfolder import RunFolder
 
+# Up to sixteen starts of a group of workers in one sweep, half a minute each on two cores.
+LONG = pytest.mark.timeout(3600)
 COMMON = ["train.global_batch_size=8", "train.log_every=1", "tracking.system_metrics=false", "optim.ema_decay=0.9"]
 
 
@@ -31,8 +33,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sweep(shards: Path, name: str, overrides: list[str], vary: list[str], **options: Any) -> dict[str, Any]:
     changes = {key: options.pop(key) for key in ("method", "trials", "interval_steps", "metric") if key in options}
     calls = {key: options.pop(key) for key in ("resume", "at_once") if key in options}
+    task = options.pop("task", "coca")
     definition = tune.define(
-        "coca", options.pop("space", ""), "smoke", "", [*COMMON, *overrides, f"name={name}", f"data.shards={shards}"], vary, changes
+        task, options.pop("space", ""), "smoke", "", [*COMMON, *overrides, f"name={name}", f"data.shards={shards}"], vary, changes
     )
     trials = definition.space.trials if definition.space.method != "grid" else 100
     return tune.run(definition, Budget(trials, **options), **calls)
@@ -144,6 +147,7 @@ def test_a_budget_of_samples_stops_and_a_larger_one_goes_on(shards: Path, ray_se
 
 
 @pytest.mark.slow
+@LONG
 def test_a_sweep_that_was_killed_goes_on(shards: Path, tmp_path: Path) -> None:
     """SIGKILL of everything half-way: what had finished is not repeated, what had not goes on, and there is no extra run."""
     options = [
@@ -165,7 +169,7 @@ def test_a_sweep_that_was_killed_goes_on(shards: Path, tmp_path: Path) -> None:
     kill_tree(process, with_driver=True)
     finished = {path: path.stat().st_mtime_ns for path in (folder / "t000").rglob("*") if path.is_file()}
     assert (folder / "t000" / "result.json").is_file()
-    ended = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    ended = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1500)
     assert ended.returncode == 0, ended.stderr[-4000:]
     result = json.loads(ended.stdout.splitlines()[-1])
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 4
@@ -178,6 +182,7 @@ def test_a_sweep_that_was_killed_goes_on(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@LONG
 def test_eight_trials_of_two_workers_under_asha(shards: Path, ray_session: Any) -> None:
     lr = "optim.lr=loguniform(1e-6,1e-2)"
     result = sweep(shards, "wide", ["workers=2", "train.steps=45"], [lr], method="asha", trials=8, interval_steps=5, at_once=2)
@@ -190,6 +195,7 @@ def test_eight_trials_of_two_workers_under_asha(shards: Path, ray_session: Any) 
 
 
 @pytest.mark.slow
+@LONG
 def test_eight_members_of_two_workers_under_pbt(shards: Path, ray_session: Any) -> None:
     overrides = ["workers=2", "train.steps=10", "checkpoint.keep=9", "optim.schedule=constant"]
     result = sweep(shards, "broad", overrides, ["optim.lr=loguniform(1e-6,1e-2)"], method="pbt", trials=8, interval_steps=5, at_once=2)
@@ -199,6 +205,7 @@ def test_eight_members_of_two_workers_under_pbt(shards: Path, ray_session: Any) 
 
 
 @pytest.mark.slow
+@LONG
 def test_the_grid_of_rates_and_lengths_ends_with_table_and_picture(shards: Path, ray_session: Any) -> None:
     result = sweep(shards, "grid", [], [], space="thumbs_up_small", task="stable_diffusion")
     assert_tracked(result)
