@@ -98,9 +98,14 @@ def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE) -> No
 
 
 def read_provenance(folder: str, name: str = PROVENANCE) -> dict[str, Any] | None:
-    """What `claim` recorded, or None."""
+    """What `claim` recorded, or None. Raises `ConfigError` for a file that is damaged."""
     place = storage.join(folder, name)
-    return json.loads(storage.read_bytes(place)) if storage.exists(place) else None
+    if not storage.exists(place):
+        return None
+    try:
+        return json.loads(storage.read_bytes(place))
+    except ValueError as error:
+        raise ConfigError(name, place, f"JSON that says what made the folder ({error})", "Make it again in another folder.") from None
 
 
 def _npy(array: np.ndarray) -> bytes:

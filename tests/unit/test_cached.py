@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +159,40 @@ def test_a_cache_of_other_data_without_flips_or_of_unknown_make_is_refused(manif
     place.unlink()
     with pytest.raises(ConfigError, match="has no cache.json"):
         join_caches(manifest, [folder], need)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("place", ["array of objects", "pickle for an array", "pickle for cache.json"])
+def test_a_pickle_in_a_cache_is_refused_and_not_run(manifest: Manifest, tmp_path: Path, place: str) -> None:
+    """By whoever may write a cache; the keys and the data's digest are right."""
+    folder = write(
+        tmp_path / "cache", manifest, {"latent_mean": MEANS[:, :1], "latent_logvar": LOGVARS[:, :1]}, {"kind": "latents", "crops": 1}
+    )
+    exploded = tmp_path / "exploded"
+    data = pickle.dumps(Bomb(exploded))
+    pickle.loads(data)
+    assert exploded.exists(), "the bomb works"
+    exploded.unlink()
+    (array,) = Path(folder).glob("latent_mean/*_0.npy")
+    if place == "array of objects":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([[Bomb(exploded)] * 4] * 12, object), allow_pickle=True)
+        array.write_bytes(buffer.getvalue())
+    else:
+        (array if "array" in place else Path(folder) / cached.PROVENANCE).write_bytes(data)
+    named = cached.PROVENANCE if place.endswith(cached.PROVENANCE) else array.name
+    with pytest.raises(ValueError, match=named):
+        join_caches(manifest, [folder], CachedNeed(("latent_mean",)))
+    assert not exploded.exists()
 
 
 def test_a_saved_join_opens_alike(manifest: Manifest, caches: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support_runs import make_shards
 from support_training import pair_config, train_in
 
 import diptych
@@ -83,6 +84,47 @@ def test_as_an_array_of_embeddings(tmp_path: Path, exploded: Path) -> None:
     with pytest.raises(ValueError, match="pickled"):
         open_npy(str(tmp_path / "img_emb_0.npy"))
     assert not exploded.exists()
+
+
+SECRET = "sesame-open-4711"
+
+
+@pytest.mark.parametrize("ends", ["finished", "failed"])
+def test_secrets_of_the_environment_are_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, ends: str
+) -> None:
+    """Of a run, its evaluation, export, registered model and report: no file, no line of a log, nothing in MLflow."""
+    from diptych.config import apply_overrides, load_recipe
+    from diptych.pipelines import evaluate, export, report, runs, runs_folder, tracking
+    from diptych.pipelines.local import train_here
+
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shards = make_shards(tmp_path / "shards", 24)
+    changes = [f"data.shards={shards}", f"tracking.uri={uri}", "task.tokenizer=train:520", "train.steps=4", "train.log_every=1"]
+    config = apply_overrides(load_recipe("gpt2", "smoke"), [*changes, *(["optim.lr=1e30"] if ends == "failed" else [])])
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    tracker = tracking.Tracker(config, run_dir, None, {"digest": "d" * 64, "samples": 24})
+    with tracker:
+        tracker.log_environment({"resources": {"CPU": 2.0}})
+        ended = train_here(config, run_dir)
+    tracker.end(tracking.mlflow_status(ended["status"]))
+    assert ended["status"] == ends, ended["error"]
+    runs_folder.write_driver(run_dir, runs_folder.read_driver(run_dir) | {"run_id": tracker.run_id, "uri": uri})
+    if ends == "finished":
+        evaluate.run([str(run_dir)], samples=4)
+        export.run(str(run_dir), str(tmp_path / "export"), register="writer")
+    report.run([str(run_dir)], str(tmp_path / "report.html"))
+    told = json.dumps(runs.run(str(tmp_path / "runs")), default=str)
+    printed = capfd.readouterr()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"mlflow.db", "config.json", "driver.json", "report.html"} <= {file.name for file in files}
+    assert len(list((tmp_path / "mlartifacts").rglob("*.json"))) > 1
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+    assert SECRET not in told + printed.out + printed.err + caplog.text
 
 
 def test_no_module_loads_pickles_of_others() -> None:
