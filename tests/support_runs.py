@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -52,11 +53,12 @@ def overrides(shards: Path, name: str, **changes: object) -> list[str]:
 
 
 def start_driver(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """`diptych train coca …` as a process of its own, with its own Ray."""
+    """`diptych train coca …` as a process and a session of its own, as a shell starts it, with its own Ray."""
     environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "diptych.pipelines.train", "coca", *arguments, "--json"]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
 
 
 def finish_driver(process: subprocess.Popen[str], timeout: float = 900) -> dict[str, object]:

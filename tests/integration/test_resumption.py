@@ -6,6 +6,8 @@ bit. Workers are killed below a shared Ray; drivers and whole Rays are processes
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -65,14 +67,14 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert ours == theirs
 
 
-def assert_one_finished_mlflow_run(store: str, run_id: str) -> None:
+def assert_one_finished_mlflow_run(store: str, run_id: str, stopped_at: int = STEPS) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(store)
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, "FINISHED")]
     steps = [metric.step for metric in client.get_metric_history(run_id, "train/loss")]
-    assert sorted(steps) == list(range(5, STEPS + 1, 5)), "each logged step once"
+    assert sorted(steps) == sorted({*range(5, STEPS + 1, 5), stopped_at}), "each logged step once, and the last before a stop"
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -123,6 +125,25 @@ def test_a_killed_driver_or_ray(shards: Path, references: dict[int, Path], tmp_p
     assert (second["status"], second["step"]) == ("finished", STEPS)
     assert_same_run(run_dir, reference)
     assert_one_finished_mlflow_run(f"sqlite:///{tmp_path / 'mlflow.db'}", str(second["run_id"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_run_that_goes_on(shards: Path, references: dict[int, Path], tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, which reaches every process of the terminal, and SIGTERM, which reaches the driver."""
+    reference = references[2]
+    arguments = overrides(shards, "stopped", workers=2, checkpoint__every_steps=0)
+    run_dir = tmp_path / "runs" / "stopped"
+    first = start_driver(arguments, tmp_path)
+    wait_for(lambda: logged_step(run_dir) >= 20, first)
+    (os.killpg if number == signal.SIGINT else os.kill)(first.pid, number)
+    stopped = finish_driver(first)
+    assert stopped["status"] == "stopped"
+    assert [path.name for path in run_dir.glob("checkpoints/step_*")] == [f"step_{stopped['step']:08d}-a0001"]
+    second = finish_driver(start_driver(arguments, tmp_path))
+    assert second["run_id"] == stopped["run_id"]
+    assert_same_run(run_dir, reference)
+    assert_one_finished_mlflow_run(f"sqlite:///{tmp_path / 'mlflow.db'}", str(second["run_id"]), int(str(stopped["step"])))
 
 
 @pytest.mark.slow

@@ -175,16 +175,25 @@ def test_memory_bounds_the_trials_at_once() -> None:
         local_places(demand([config], third), config, 5)
 
 
-def test_more_gpus_than_there_are_are_refused_within_5_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (["tune", "coca", "--space", "smoke", "cluster.gpus_per_worker=1"], "at most 0 GPUs here: 1 workers × 1"),
+        (["tune", "coca", "--space", "smoke", "workers=2", "cluster.logical_cpus=3"], "at least 4: 2 workers × 1 + 2 for data = 4 CPUs"),
+        (["train", "coca", "cluster.gpus_per_worker=1", "workers=3"], "at most 0 GPUs here: 3 workers × 1"),
+        (["train", "coca", "workers=3", "cluster.logical_cpus=4"], "at least 5: 3 workers × 1 + 2 for data = 5 CPUs"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused_within_5_seconds(tmp_path: Path, call: list[str], told: str) -> None:
     """As a user calls it: imports included, and before Ray starts."""
-    if Path("/dev/nvidia0").exists():
+    if "gpus" in " ".join(call) and Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
-    command = [sys.executable, "-m", "diptych", "tune", "coca", "--space", "smoke", "cluster.gpus_per_worker=1", "data.shards=x", "name=g"]
+    command = [sys.executable, "-m", "diptych", *call, "data.shards=x", "name=g"]
     began, before = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"RAY_ADDRESS": ""})
     wall, cpu = time.monotonic() - began, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
     assert ended.returncode == 2, ended.stderr
-    assert "at most 0 GPUs here: 1 workers × 1" in ended.stderr
+    assert told in ended.stderr
     assert not list(tmp_path.iterdir()), "nothing was made"
     # On a machine that others load, the clock is theirs too.
     assert cpu < 5
