@@ -58,8 +58,12 @@ def test_a_signal_leaves_a_run_that_goes_on(tmp_path: Path, number: signal.Signa
 
 
 def test_a_second_signal_ends_the_driver_at_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), stopping(tmp_path):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (tmp_path / "stop").exists()
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
+    def signalled_twice() -> None:
+        with stopping(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (tmp_path / "stop").exists()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        signalled_twice()
