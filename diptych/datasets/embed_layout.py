@@ -80,8 +80,8 @@ def default_partition_size(samples: int) -> int:
     return min(max(math.ceil(samples / 64), 2048), 100_000)
 
 
-def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE) -> None:
-    """Record what fills `folder` in its file `name`. Raises `ConfigError` that names the difference if something else has begun it."""
+def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE, *, dry_run: bool = False) -> None:
+    """Record what fills `folder` in its file `name`, or with `dry_run` only look. Raises `ConfigError` that names the difference if something else has begun it."""
     place = storage.join(folder, name)
     former = read_provenance(folder, name)
     if former is None:
@@ -89,7 +89,8 @@ def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE) -> No
             raise ConfigError(
                 "OUT", folder, "a new folder, or one that the same call began", "It holds partitions that this verb did not make."
             )
-        storage.write_bytes(place, json.dumps(provenance, indent=2).encode())
+        if not dry_run:
+            storage.write_bytes(place, json.dumps(provenance, indent=2).encode())
         return
     for key, value in provenance.items():
         if former.get(key) != value:

@@ -18,7 +18,8 @@ import stat
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from diptych.datasets.survey import SCHEMA, Survey
 REMEDY = "Delete the folder; `diptych index SHARDS` builds it again."
 META_BYTES = 1 << 27
 """Memory for row groups of the `meta` column, per process."""
+_scratch: ContextVar[str] = ContextVar("scratch", default="")
+"""Where manifests that have to be built go instead of where they belong; empty = where they belong."""
 
 
 class Manifest:
@@ -240,13 +243,31 @@ def build_manifest(shards: str, folder: str = "", jobs: int | None = None, progr
     return _open(shards, folder, jobs, progress, reuse=False)
 
 
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within, what has to be built is gone afterwards, and manifests that stand and are up to date are read as ever.
+
+    For calls that only look. It reaches every `open_manifest` below, so that none of them can forget it.
+    """
+    with tempfile.TemporaryDirectory(prefix="diptych-") as folder:
+        token = _scratch.set(folder)
+        try:
+            yield
+        finally:
+            _scratch.reset(token)
+
+
 def _open(shards: str, folder: str, jobs: int | None, progress: Callable[[int, int], None] | None, reuse: bool) -> Manifest:
     from diptych.datasets.manifest_build import Builder
 
     builder = Builder(storage.list_shards(shards))
+    beside, elsewhere = _places(shards, builder.root)
+    if scratch := _scratch.get():
+        places = [] if not reuse else [folder] if folder else [beside, elsewhere]
+        standing = next((found for place in places if (found := builder.fresh(place))), None)
+        return standing or builder.bring_up_to_date(os.path.join(scratch, os.path.basename(elsewhere)), jobs, progress, reuse)
     if folder:
         return builder.bring_up_to_date(folder, jobs, progress, reuse)
-    beside, elsewhere = _places(shards, builder.root)
     if storage.is_local(builder.root) and _writable(builder.root):
         return builder.bring_up_to_date(beside, jobs, progress, reuse)
     return (builder.fresh(beside) if reuse else None) or builder.bring_up_to_date(elsewhere, jobs, progress, reuse)

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -125,7 +125,10 @@ def reorder_embeddings(
     """
     source = reorder.open_source(embeddings)
     fingerprint = _fingerprint(source, shards)
-    may_reuse = _claim(out, fingerprint, overwrite)
+    may_reuse = stands_in(out, source, shards, overwrite) == "this very result"
+    if not may_reuse:
+        for url in _files(out):
+            storage.remove(url)
     with folders.scratch(out, "reorder") as folder:
         index = reorder.build_index(source, shards, width, folder)
         if index.unplaced.counts:
@@ -220,19 +223,22 @@ def _inputs(source: reorder.Source) -> Iterator[str]:
         yield from (array.url for array in part.embeddings.values())
 
 
-def _claim(out: str, fingerprint: str, overwrite: bool) -> bool:
-    """Whether files in `out` are of these inputs; raises `ConfigError` where they are of others."""
+def stands_in(
+    out: str, source: reorder.Source, shards: Sequence[ShardRows], overwrite: bool
+) -> Literal["nothing", "this very result", "another result"]:
+    """What `out` holds already; `ConfigError` for another result, unless it is to be overwritten."""
+    if not _files(out):
+        return "nothing"
     record = storage.join(out, "reorder.json")
-    files = [url for kind in reorder.MODALITIES for url in folders.list_files(storage.join(out, kind), ".npy")]
-    if not files:
-        return False
-    if storage.exists(record) and json.loads(storage.read_bytes(record)).get("fingerprint") == fingerprint:
-        return True
+    if storage.exists(record) and json.loads(storage.read_bytes(record)).get("fingerprint") == _fingerprint(source, shards):
+        return "this very result"
     if not overwrite:
         raise ConfigError("OUT", out, "an empty folder, or one that holds this very result", "Name another folder, or add --overwrite.")
-    for url in files:
-        storage.remove(url)
-    return False
+    return "another result"
+
+
+def _files(out: str) -> list[str]:
+    return [url for kind in reorder.MODALITIES for url in folders.list_files(storage.join(out, kind), ".npy")]
 
 
 def _write_record(out: str, record: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from diptych.batches import CACHES, ImageNeed
 from diptych.config import ConfigError, build
 from diptych.pipelines import embed_pool
 from diptych.pipelines.console import finish, note, show_faults, would
+from diptych.pipelines.options import Actors, AsJson, CpusPerActor, DryRun, GpusPerActor, KeepLists, ManifestFolder, RayAddress
 
 if TYPE_CHECKING:
     from diptych.pipelines.embed_worker import EmbedSpec, Work
@@ -57,7 +58,7 @@ class CacheOptions(embed_pool.PoolOptions):
 def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Cache `kind` of `shards` in `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    With `dry_run` nothing is written, and the plan of `embed_pool.described` returned. `options` are the fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
+    With `dry_run` nothing is written, and what would be is returned. `options` are the fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
     without what is to be encoded, or an `out` that another call has filled.
     """
     from diptych.datasets import cached, embed_layout
@@ -66,10 +67,10 @@ def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None,
     started = time.monotonic()
     chosen = build(CacheOptions, options or {})
     spec, about = prepare(kind, shards, out, chosen)
+    embed_layout.claim(out, about, cached.PROVENANCE, dry_run=dry_run)
     if dry_run:
-        return about | embed_pool.described(spec, chosen)
-    embed_layout.claim(out, about, cached.PROVENANCE)
-    return embed_pool.fill(spec, chosen, f"caching {kind} of {chosen.model}", EmbedWorker) | {"seconds": time.monotonic() - started}
+        return about | {"writes": out} | embed_pool.described(spec, chosen)
+    return embed_pool.fill(spec.saved(), chosen, f"caching {kind} of {chosen.model}", EmbedWorker) | {"seconds": time.monotonic() - started}
 
 
 def prepare(kind: str, shards: str, out: str, options: CacheOptions) -> tuple[EmbedSpec, dict[str, Any]]:
@@ -152,14 +153,14 @@ def command(
     precision: Annotated[str, typer.Option(help="of the model: auto, fp32, bf16 or fp16")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="pictures or captions of one forward pass")] = 32,
     partition_size: Annotated[int, typer.Option(help="samples of one partition")] = 256,
-    actors: Annotated[int, typer.Option(help="copies of the model; 0 = chosen from the cores")] = 0,
-    cpus_per_actor: Annotated[int, typer.Option(help="threads of an actor; 0 = cores over actors")] = 0,
-    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of an actor; above 0 it runs on CUDA")] = 0.0,
-    keep: Annotated[str, typer.Option(help="keep-lists, separated by commas")] = "",
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be computed, start nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    actors: Actors = 0,
+    cpus_per_actor: CpusPerActor = 0,
+    gpus_per_actor: GpusPerActor = 0.0,
+    keep: KeepLists = "",
+    manifest: ManifestFolder = "",
+    address: RayAddress = "",
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Compute latents or states of SHARDS once, for training with data.caches; repeated, it computes only what is missing.
 
@@ -172,7 +173,7 @@ def command(
         "keep": keep, "manifest": manifest, "address": address,
     }  # fmt: skip
     if dry_run:
-        finish(would(f"cache {kind}", run(kind, shards, out, options, dry_run=True)), json)
+        would(f"cache {kind}", lambda: run(kind, shards, out, options, dry_run=True), json)
     result = run(kind, shards, out, options)
     note(f"{kind} of {result['samples_out']:,} of {result['samples_in']:,} samples cached in {result['seconds']:.1f} s: {out}")
     show_faults(result["faults"])

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -65,7 +65,7 @@ def guard(action: Callable[[], Any], resume: str = "") -> int:
     return EXIT_DONE
 
 
-def finish(result: dict[str, Any], as_json: bool, failed: bool = False) -> None:
+def finish(result: dict[str, Any], as_json: bool, failed: bool = False) -> NoReturn:
     """End a verb: print `result` as the last line of standard output if asked, and exit with the status."""
     if as_json:
         sys.stdout.write(json.dumps(result, default=str) + "\n")
@@ -83,10 +83,43 @@ def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     console.print(table)
 
 
-def would(what: str, plan: dict[str, Any]) -> dict[str, Any]:
-    """Show what a call with `--dry-run` would do, and give it back for `--json`."""
-    show_table(f"would {what}", ["what", "value"], [[key, value] for key, value in plan.items()])
-    return plan
+def would(what: str, plan: Callable[[], dict[str, Any]], as_json: bool) -> NoReturn:
+    """End a verb that was called with `--dry-run`: show what the call would do, as `plan()` says.
+
+    Meanwhile nothing is downloaded from a hub, and manifests that have to be built are not kept.
+    """
+    from diptych.datasets.manifest import nothing_kept
+
+    former = os.environ.get("HF_HUB_OFFLINE")
+    # Read by the hub's client when it is imported, which the plan does first.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        with nothing_kept():
+            found = plan()
+    except ValueError:
+        # The libraries say in many ways that they may not ask a hub; where its client was not even imported, that was not it.
+        if "huggingface_hub" in sys.modules:
+            note("a dry run downloads nothing: what is only on a hub so far counts as missing")
+        raise
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        os.environ |= {} if former is None else {"HF_HUB_OFFLINE": former}
+    show_table(f"would {what}", ["what", "value"], _rows("", found))
+    finish(found, as_json)
+
+
+def _rows(prefix: str, plan: dict[str, Any]) -> list[list[Any]]:
+    """(dotted key, value) of each leaf; a list of mappings has a row for each."""
+    rows: list[list[Any]] = []
+    for name, value in plan.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            rows += _rows(f"{key}.", value)
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            rows += [[f"{key}.{place}", ", ".join(f"{inner}={each[inner]}" for inner in each)] for place, each in enumerate(value)]
+        else:
+            rows.append([key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value])
+    return rows
 
 
 def show_faults(faults: list[dict[str, Any]], limit: int = 50) -> None:

@@ -10,15 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.pipelines.console import finish, note, progress, show_faults
+from diptych.pipelines.console import finish, note, progress, show_faults, would
+from diptych.pipelines.options import AsJson, DryRun, ManifestFolder
 
 
-def run(shards: str, out: str, embeddings: str, settings: dict[str, Any] | None = None, *, manifest: str = "") -> dict[str, Any]:
+def run(
+    shards: str, out: str, embeddings: str, settings: dict[str, Any] | None = None, *, manifest: str = "", dry_run: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Write `out`/keep.parquet with one sample of each near-duplicate group, `out`/groups.parquet and `out`/pairs.html.
 
     `settings` are the fields of `datasets.dedup_report.Settings`. Keys: `samples_in, samples_out, faults, seconds`, and `keep, pairs,
     groups, dropped, threshold, method, cells, usable`, and `recall` where not all pairs were compared. Samples without a usable embedding
-    are kept, and are faults. Raises `ConfigError` for embeddings that do not fit, or a wrong setting.
+    are kept, and are faults. With `dry_run` nothing is written, and what would be is returned. Raises `ConfigError` for embeddings that do not fit, or a wrong setting.
     """
     import numpy as np
 
@@ -38,6 +41,16 @@ def run(shards: str, out: str, embeddings: str, settings: dict[str, Any] | None 
         raise ConfigError("--embeddings", embeddings, "a folder of embeddings", "`diptych embed SHARDS EMB` computes them.")
     data = open_manifest(shards, manifest)
     join = joins.join(data, embeddings, ("image", "text") if chosen.on == "both" else (chosen.on,))
+    if dry_run:
+        return {
+            "shards": shards,
+            "embeddings": embeddings,
+            "samples_in": data.samples,
+            "joined": join.matched,
+            "settings": asdict(chosen),
+            "writes": [storage.join(out, name) for name in ("keep.parquet", "groups.parquet", "pairs.html", "dedup.json")],
+            "first caption": data.rows(np.array([0]), ["caption"])["caption"][0].as_py(),
+        }
     folders.make_folder(out)
     with folders.scratch(out, "dedup") as scratch, progress("comparing", None) as advance:
         kept_for, pairs, facts = find_duplicates(data, join, chosen, scratch, advance)
@@ -71,14 +84,17 @@ def command(
     probes: Annotated[int, typer.Option(help="cells that each vector joins in large sets: more finds more")] = 6,
     exact: Annotated[bool, typer.Option("--exact", help="compare all pairs, however many")] = False,
     seed: Annotated[int, typer.Option(help="of the k-means")] = 0,
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    manifest: ManifestFolder = "",
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Write a keep-list with one sample of each group of near-duplicates: the largest picture, of equal ones the first.
 
     Example: diptych dedup shards/ unique/ --embeddings embeddings/ --threshold 0.95
     """
     settings = {"on": on, "threshold": threshold, "clusters": clusters, "probes": probes, "exact": exact, "seed": seed}
+    if dry_run:
+        would("look for near-duplicates", lambda: run(shards, out, embeddings, settings, manifest=manifest, dry_run=True), json)
     result = run(shards, out, embeddings, settings, manifest=manifest)
     show_faults(result["faults"])
     if "recall" in result:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import Config, ConfigError, RunConfig, apply_overrides, load_recipe
-from diptych.pipelines.console import console, finish, note, progress, show_table
+from diptych.pipelines.console import console, finish, note, progress, show_table, would
+from diptych.pipelines.options import AsJson, DryRun
 
 if TYPE_CHECKING:
     from diptych.pipelines.report import Figure
@@ -74,17 +75,47 @@ def run(out: str = "demo", options: dict[str, Any] | None = None) -> dict[str, A
     return _conclude(folder, figures, stages)
 
 
-def _claim(folder: Path, options: DemoOptions) -> None:
-    """Record what the folder is for; say whether this call begins or goes on."""
+def plan(out: str = "demo", options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `run` would do with these arguments; nothing is written. Raises `ConfigError` as `run` does."""
+    from diptych.datasets import scenes
+    from diptych.pipelines import ray_context
+
+    chosen, folder = DemoOptions(**(options or {})), Path(out).absolute()
+    begun = _is_begun(folder, chosen)
+    configs = _configs(folder, chosen)
+    for config in configs:
+        ray_context.preflight(config)
+    return {
+        "out": str(folder),
+        "begun": begun,
+        "writes": ["shards/", "runs/coca/", "coca_model/", "embeddings/", "runs/prior/", "mlflow.db", "summary.json", "report.html"],
+        "options": chosen.model_dump(),
+        "steps": {config.name: config.train.steps for config in configs},
+        "cpus": max(map(ray_context.required_cpus, configs)),
+        "models": "none: both are trained from scratch",
+        "first caption": scenes.describe(chosen.seed, 0).caption,
+    }
+
+
+def _is_begun(folder: Path, options: DemoOptions) -> bool:
+    """Whether `folder` holds a demo of these options; `ConfigError` where it holds anything else."""
     recorded = folder / "demo.json"
     if recorded.is_file():
         former = json.loads(recorded.read_text())
         if former != options.model_dump():
             raise ConfigError("--out", str(folder), "a new folder, or a demo of the same options", f"It was begun with {former}.")
-        note(f"going on with the demo in {folder}: finished stages are passed over")
-        return
+        return True
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError("--out", str(folder), "a new or empty folder, or an earlier demo", "Choose another folder with --out.")
+    return False
+
+
+def _claim(folder: Path, options: DemoOptions) -> None:
+    """Record what the folder is for; say whether this call begins or goes on."""
+    recorded = folder / "demo.json"
+    if _is_begun(folder, options):
+        note(f"going on with the demo in {folder}: finished stages are passed over")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(options.model_dump()))
     note(f"beginning a demo in {folder}")
@@ -220,13 +251,16 @@ def command(
     prior_steps: Annotated[int, typer.Option(help="optimizer steps of the prior; 0 = its recipe's")] = 0,
     workers: Annotated[int, typer.Option(help="training workers")] = 2,
     seed: Annotated[int, typer.Option(help="seed of scenes and models")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Run the main job end to end on generated scenes; status 1 if a figure misses its target.
 
     Example: diptych demo --out demo
     """
     options = {"samples": samples, "coca_steps": coca_steps, "prior_steps": prior_steps, "workers": workers, "seed": seed}
+    if dry_run:
+        would("run the demo", lambda: plan(out, options), json)
     summary = run(out, options)
     finish(summary, json, failed=not summary["reached"])
 

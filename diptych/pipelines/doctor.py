@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from diptych.pipelines.console import finish
+from diptych.pipelines.options import AsJson
 from diptych.redaction import without_credentials
 
 _SOCKET_PATH_BYTES = 107
@@ -266,7 +265,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def command(*, json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False) -> None:
+def command(*, json: AsJson = False) -> None:
     """Check packages, devices, memory, folders and Ray's prerequisites; status 1 if training cannot work.
 
     Example: diptych doctor

@@ -17,10 +17,12 @@ from diptych.config import ConfigError, build
 from diptych.pipelines import embed_pool
 from diptych.pipelines.console import finish, note, show_faults, would
 from diptych.pipelines.embed_pool import PoolOptions
+from diptych.pipelines.options import Actors, AsJson, CpusPerActor, DryRun, GpusPerActor, KeepLists, ManifestFolder, RayAddress
 from diptych.provenance import weights_digest
 
 if TYPE_CHECKING:
     from diptych.datasets.embed_layout import Layout
+    from diptych.pipelines.embed_peer import PeerSpec
     from diptych.pipelines.embed_worker import EmbedSpec
 
 
@@ -45,7 +47,7 @@ class EmbedOptions(PoolOptions):
 def run(shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Embed `shards` into `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    With `dry_run` nothing is written, and the plan of `embed_pool.described` returned. `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
+    With `dry_run` nothing is written, and what would be is returned. `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
     to be embedded, or an `out` that another call has filled.
     """
     from diptych.datasets import embed_layout
@@ -56,19 +58,23 @@ def run(shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run
         from diptych.pipelines import embed_peer
 
         peer = embed_peer.prepare(shards, out, chosen)
+        embed_layout.claim(out, _provenance(peer.manifest.digest, peer.layout, chosen), dry_run=dry_run)
         if dry_run:
-            return embed_pool.described(peer, chosen)
-        embed_layout.claim(out, _provenance(peer.manifest.digest, peer.layout, chosen))
+            return _plan(out, peer, chosen)
         found = embed_pool.fill(peer, chosen, f"clip-retrieval with {chosen.model}, tars", embed_peer.PeerWorker)
     else:
         from diptych.pipelines.embed_worker import EmbedWorker
 
         spec = prepare(shards, out, chosen)
+        embed_layout.claim(out, _provenance(spec.selection.digest, spec.layout, chosen), dry_run=dry_run)
         if dry_run:
-            return embed_pool.described(spec, chosen)
-        embed_layout.claim(out, _provenance(spec.selection.digest, spec.layout, chosen))
-        found = embed_pool.fill(spec, chosen, f"embedding with {chosen.model}", EmbedWorker)
+            return _plan(out, spec, chosen)
+        found = embed_pool.fill(spec.saved(), chosen, f"embedding with {chosen.model}", EmbedWorker)
     return found | {"seconds": time.monotonic() - started}
+
+
+def _plan(out: str, spec: EmbedSpec | PeerSpec, options: EmbedOptions) -> dict[str, Any]:
+    return {"model": options.model, "writes": out} | embed_pool.described(spec, options)
 
 
 def prepare(shards: str, out: str, options: EmbedOptions) -> EmbedSpec:
@@ -103,17 +109,17 @@ def command(
     modality: Annotated[str, typer.Option(help="both, image or text")] = "both",
     batch_size: Annotated[int, typer.Option(help="samples of one forward pass")] = 256,
     partition_size: Annotated[int, typer.Option(help="samples of one partition; 0 = chosen from the data")] = 0,
-    actors: Annotated[int, typer.Option(help="copies of the model; 0 = chosen from the cores")] = 0,
-    cpus_per_actor: Annotated[int, typer.Option(help="threads of an actor; 0 = cores over actors")] = 0,
-    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of an actor; above 0 it runs on CUDA")] = 0.0,
+    actors: Actors = 0,
+    cpus_per_actor: CpusPerActor = 0,
+    gpus_per_actor: GpusPerActor = 0.0,
     engine: Annotated[str, typer.Option(help="diptych, or clip-retrieval to run that package itself")] = "diptych",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
-    keep: Annotated[str, typer.Option(help="keep-lists, separated by commas")] = "",
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
+    keep: KeepLists = "",
+    manifest: ManifestFolder = "",
+    address: RayAddress = "",
     verify_samples: Annotated[str, typer.Option("--verify", metavar="K", help="compare K random samples of OUT (or `all`) instead")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be computed, start nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Embed SHARDS into OUT in clip-retrieval's layout; repeated, it computes only what is missing.
 
@@ -125,7 +131,7 @@ def command(
         "address": address, "engine": engine,
     } | ({"model": model} if model else {})  # fmt: skip
     if dry_run:
-        finish(would("embed", run(shards, out, options, dry_run=True)), json)
+        would("embed", lambda: run(shards, out, options, dry_run=True), json)
     if verify_samples:
         from diptych.pipelines import embed_verify
 

@@ -65,20 +65,19 @@ def plan(shards: str, out: str, options: PoolOptions, work: Work, remedy: str) -
         if member in work.reads and not facts[kind]:
             raise ConfigError("SHARDS", shards, f"shards with {kind}; these hold none", remedy)
     selection, _ = select(manifest, options.keep, 0.0, 0)
-    if selection.rows is not None:
-        selection = selection.save(os.path.join(manifest.folder, f"embed-{selection.digest[:16]}.npy"))
     layout = embed_layout.Layout(out, selection.samples, options.partition_size or embed_layout.default_partition_size(selection.samples))
     threads = options.cpus_per_actor or max(1, (os.cpu_count() or 1) // options.actor_count)
     return EmbedSpec(manifest, selection, layout, work, options.batch_size, options.device, threads)
 
 
 def described(spec: EmbedSpec | PeerSpec, options: PoolOptions) -> dict[str, Any]:
-    """What `fill` would do: data, resources, and the first caption."""
+    """What `fill` would do: options, data, resources, and the first caption."""
     import numpy as np
 
     layout = spec.layout
     actors = options.actor_count
     return {
+        "options": options.model_dump(mode="json"),
         "samples": spec.samples,
         "partitions": layout.partitions,
         "partitions_there": sum(layout.is_finished(partition) for partition in range(layout.partitions)),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import abc
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -111,6 +112,11 @@ class EmbedSpec:
     def samples(self) -> int:
         """Samples of the whole output."""
         return self.layout.samples
+
+    def saved(self) -> EmbedSpec:
+        """The same with the selection beside the manifest, so that every actor maps one file instead of unpickling its own rows."""
+        path = os.path.join(self.manifest.folder, f"embed-{self.selection.digest[:16]}.npy")
+        return replace(self, selection=self.selection.save(path))
 
 
 class Batch(NamedTuple):

@@ -7,6 +7,7 @@ process, on one device.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import ConfigError, RunConfig, set_path
-from diptych.pipelines.console import finish, note, progress, show_faults, show_table
+from diptych.pipelines.console import finish, note, progress, show_faults, show_table, would
+from diptych.pipelines.options import AsJson, Averaged, Checkpoint, Device, DryRun
 
 if TYPE_CHECKING:
     from diptych.batches import Fault
@@ -73,6 +75,41 @@ def run(
     return result | {"seconds": time.monotonic() - started}
 
 
+def plan(
+    runs: list[str], shards: str = "", *, embeddings: str = "", samples: int = 0, checkpoint: str = "best", averaged: bool = True,
+    device: str = "auto", track: bool = True, pictures: PictureEvaluation | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What `run` would do with these arguments; no model is loaded and nothing is written. Raises `ConfigError` as `run` does."""
+    from diptych.pipelines.runs_folder import find_run
+
+    folders = [find_run(name) for name in runs]
+    found = [_described(folder, shards, embeddings, samples, checkpoint, averaged) for folder in folders]
+    result: dict[str, Any] = {"runs": found, "device": device, "track": track}
+    if pictures is not None:
+        from diptych.pipelines import evaluate_pictures
+        from diptych.pipelines.painters import painter_specs
+
+        specs = painter_specs(folders, clip=pictures.clip, checkpoint=checkpoint, averaged=averaged, device=device)
+        result["pictures"] = evaluate_pictures.plan(specs, shards, pictures)
+    return result
+
+
+def _described(run_dir: Path, shards: str, embeddings: str, samples: int, checkpoint: str, averaged: bool) -> dict[str, Any]:
+    """What would be evaluated of one run, with the first held-out caption."""
+    import tempfile
+
+    import numpy as np
+
+    from diptych.pipelines.trained import described, read_config
+
+    about, config = described(run_dir, checkpoint, averaged), read_config(run_dir)
+    with tempfile.TemporaryDirectory() as inputs:
+        spec = _spec(config, run_dir, Path(inputs), shards, embeddings, samples)
+        caption = spec.source.opened().manifest.rows(spec.selection[np.array([0])], ["caption"])["caption"][0].as_py()
+    about |= {"shards": shards or config.data.shards, "samples": min(spec.selection.samples, samples or spec.selection.samples)}
+    return about | {"first caption": caption, "writes": str(_folder(run_dir, shards))}
+
+
 def _device(name: str) -> str:
     if name != "auto":
         return name
@@ -106,10 +143,14 @@ class HeldOut:
 
 def held_out(trained: Trained, shards: str = "", embeddings: str = "", samples: int = 0) -> HeldOut:
     """The run's validation samples (at most `samples`; 0 = as many as its validation takes), or all samples of `shards`."""
+    return HeldOut(_spec(trained.config, trained.run_dir, _folder(trained.run_dir, shards), shards, embeddings, samples), trained, {})
+
+
+def _spec(config: RunConfig, run_dir: Path, folder: Path, shards: str, embeddings: str, samples: int) -> StreamSpec:
+    """The stream of `held_out`, whose inputs go to `folder`."""
     from diptych.datasets.stream import StreamSpec
     from diptych.pipelines.prepare import prepare
 
-    config: RunConfig = trained.config
     count = samples or config.validation.samples or 512
     if shards:
         for key, value in (("shards", shards), ("embeddings", embeddings), ("manifest", ""), ("keep", ()), ("validation_share", 0.0)):
@@ -117,15 +158,13 @@ def held_out(trained: Trained, shards: str = "", embeddings: str = "", samples: 
         count = samples or sys.maxsize
     config = set_path(config, "validation.samples", count)
     config = set_path(config, "data.fault_budget", max(config.data.fault_budget, count))
-    prepared = prepare(config, _folder(trained.run_dir, shards))
+    prepared = prepare(config, folder)
     spec = prepared.validation
     if shards:
         spec = StreamSpec.of(prepared.train.source, prepared.train.selection, prepared.config, finite=True)
     if spec is None:
-        raise ConfigError(
-            "RUN", str(trained.run_dir), "a run with held-out samples (data.validation_share above 0)", "Name others with --shards."
-        )
-    return HeldOut(spec, trained, {})
+        raise ConfigError("RUN", str(run_dir), "a run with held-out samples (data.validation_share above 0)", "Name others with --shards.")
+    return spec
 
 
 def _folder(run_dir: Path, shards: str) -> Path:
@@ -252,9 +291,9 @@ def command(
     shards: Annotated[str, typer.Option(help="evaluate on all of these shards instead of the run's held-out samples")] = "",
     embeddings: Annotated[str, typer.Option(help="embeddings of those shards, for tasks that need them")] = "",
     samples: Annotated[int, typer.Option(help="samples at most; 0 = as many as the run's validation, or all of --shards")] = 0,
-    checkpoint: Annotated[str, typer.Option(help="best, newest, or a checkpoint's name")] = "best",
-    averaged: Annotated[bool, typer.Option(help="take the averaged weights, where the run kept some")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+    checkpoint: Checkpoint = "best",
+    averaged: Averaged = True,
+    device: Device = "auto",
     track: Annotated[bool, typer.Option(help="add the figures to the run in MLflow")] = True,
     clip: Annotated[str, typer.Option(help="runs that paint: make pictures of held-out captions, judged by this CLIP")] = "",
     judge: Annotated[str, typer.Option(help="another CLIP that judges than the one that the prior and decoder know")] = "",
@@ -262,7 +301,8 @@ def command(
     seed: Annotated[int, typer.Option(help="seed of the first picture")] = 0,
     inception: Annotated[str, typer.Option(help="file of Inception weights for FID, KID and IS; default: torch's cache")] = "",
     log: Annotated[str, typer.Option(help="csv of the model log, its page beside; default: model_log.csv beside the runs")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Measure RUN on held-out samples; tables go to its evaluation/ folder and to MLflow.
 
@@ -274,10 +314,13 @@ def command(
     if settings and not clip:
         raise ConfigError("KEY=VALUE", settings[0], "settings of pictures beside --clip", "Without it no pictures are made.")
     wanted = PictureEvaluation(clip, judge, pictures, tuple(settings), seed, inception, log) if clip else None
-    result = run(
-        runs, shards, embeddings=embeddings, samples=samples, checkpoint=checkpoint, averaged=averaged, device=device, track=track,
+    call = functools.partial(
+        plan if dry_run else run, runs, shards, embeddings=embeddings, samples=samples, checkpoint=checkpoint, averaged=averaged, device=device, track=track,
         pictures=wanted,
     )  # fmt: skip
+    if dry_run:
+        would("evaluate", call, json)
+    result = call()
     names = list(dict.fromkeys(name for each in result["runs"] for name in each["metrics"]))
     rows = [[name, *(f"{each['metrics'][name]:.4g}" if name in each["metrics"] else "" for each in result["runs"])] for name in names]
     show_table(f"{result['runs'][0]['samples']:,} held-out samples", ["figure", *(each["run"] for each in result["runs"])], rows)

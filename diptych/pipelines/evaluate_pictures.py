@@ -119,9 +119,33 @@ def run(specs: Sequence[PainterSpec], shards: str, wanted: PictureEvaluation) ->
             row, missing = assess(make, pairs, embedder, wanted, facts, _folder(each))
             models.append(row)
             left_out |= dict.fromkeys(missing)
-    log = Path(wanted.log) if wanted.log else Path(specs[0].runs[0]).parent / "model_log.csv"
+    log = _log(specs, wanted)
     write_log(log, models)
     return {"models": models, "log": str(log.absolute()), "left_out": list(left_out)}
+
+
+def plan(specs: Sequence[PainterSpec], shards: str, wanted: PictureEvaluation) -> dict[str, Any]:
+    """What `run` would do with these arguments; no model is loaded and nothing is written. Raises `ConfigError` for captions and settings."""
+    from diptych.config import apply_overrides
+    from diptych.pipelines.painters import painter_config
+    from diptych.trainers.pictures import PictureSettings
+
+    apply_overrides(PictureSettings(), wanted.settings)
+    captions = held_out_pairs(painter_config(specs[0]), shards, wanted.pictures).captions
+    painters = [each for spec in specs for each in (spec.of_base(), spec) if each is not None]
+    return {
+        "models": [spec.name for spec in painters],
+        "clip": wanted.judge or wanted.clip,
+        "pictures": len(captions),
+        "settings": list(wanted.settings),
+        "seed": wanted.seed,
+        "first caption": captions[0],
+        "writes": [*(str(_folder(spec)) for spec in painters), str(_log(specs, wanted))],
+    }
+
+
+def _log(specs: Sequence[PainterSpec], wanted: PictureEvaluation) -> Path:
+    return Path(wanted.log) if wanted.log else Path(specs[0].runs[0]).parent / "model_log.csv"
 
 
 def assess(

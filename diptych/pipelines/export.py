@@ -6,6 +6,7 @@ asked for.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines.console import finish, note
+from diptych.pipelines.console import finish, note, would
+from diptych.pipelines.options import AsJson, Averaged, Checkpoint, DryRun
 
 if TYPE_CHECKING:
     from diptych.pipelines.trained import Trained
@@ -35,22 +37,27 @@ def run(
     private: bool = True,
     track: bool = True,
     register: str = "",
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Export the run `run_dir` (a folder, or a name under `runs`) to `out` (empty = its `export/`).
 
     Returns `folder, files, checkpoint, averaged, pushed, registered`. `push_to_hub` is `org/name` (empty = nowhere). Raises `ConfigError` for no
     such run or an `out` that holds other files, `ValueError` for a hub that refuses. With `track` the folder becomes an artifact of
-    the run in MLflow; `register` names a model of MLflow's registry that gets it as its next version.
+    the run in MLflow; `register` names a model of MLflow's registry that gets it as its next version. With `dry_run` nothing is
+    loaded or written, and what would be is returned.
     """
     from diptych.pipelines import registry
     from diptych.pipelines.runs_folder import find_run
-    from diptych.pipelines.trained import load_trained
+    from diptych.pipelines.trained import described, load_trained
 
     folder = find_run(run_dir)
     target = Path(out).absolute() if out else folder / "export"
     _check_target(target, replace=not out)
     if register:
         registry.tracked(folder)
+    if dry_run:
+        about = described(folder, checkpoint, averaged) | {"writes": str(target), "replaces": target.exists()}
+        return about | {"push_to_hub": push_to_hub, "private": private, "track": track, "register": register}
     trained = load_trained(folder, checkpoint, averaged)
     uses_averages = averaged and bool(trained.config.optim.ema_decay)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,19 +183,25 @@ def command(
     run_dir: Annotated[str, typer.Argument(metavar="RUN", help="run folder, or a name under runs/")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write; default: RUN/export")] = "",
     *,
-    checkpoint: Annotated[str, typer.Option(help="newest, best, or a checkpoint's name")] = "newest",
-    averaged: Annotated[bool, typer.Option(help="take the averaged weights, where the run kept some")] = True,
+    checkpoint: Checkpoint = "newest",
+    averaged: Averaged = True,
     push_to_hub: Annotated[str, typer.Option(help="also upload to this repository of the Hugging Face hub (org/name)")] = "",
     private: Annotated[bool, typer.Option(help="make that repository private")] = True,
     track: Annotated[bool, typer.Option(help="copy the folder to the run's artifacts in MLflow, if it was tracked")] = True,
     register: Annotated[str, typer.Option(metavar="NAME", help="also a new version of this model in MLflow's registry")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Write RUN's model in the layout that its ecosystem's own library loads, with a model card.
 
     Example: diptych export runs/prompts exported/prompts
     """
-    result = run(run_dir, out, push_to_hub, checkpoint=checkpoint, averaged=averaged, private=private, track=track, register=register)
+    call = functools.partial(
+        run, run_dir, out, push_to_hub, checkpoint=checkpoint, averaged=averaged, private=private, track=track, register=register
+    )
+    if dry_run:
+        would("export", functools.partial(call, dry_run=True), json)
+    result = call()
     note(f"{len(result['files'])} files of {result['checkpoint']} in {result['folder']}")
     if result["pushed"]:
         note(f"pushed to {result['pushed']}")

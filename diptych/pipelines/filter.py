@@ -9,14 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.pipelines.console import finish, note, show_faults, show_table
+from diptych.pipelines.console import finish, note, show_faults, show_table, would
+from diptych.pipelines.options import AsJson, DryRun, ManifestFolder
 
 
-def run(shards: str, out: str, where: str, *, embeddings: str = "", manifest: str = "") -> dict[str, Any]:
+def run(shards: str, out: str, where: str, *, embeddings: str = "", manifest: str = "", dry_run: bool = False) -> dict[str, Any]:
     """Write the keep-list `out` of the samples of `shards` for which the SQL condition `where` is true.
 
     With `embeddings` (image and text), `similarity` is a column. Keys: `samples_in, samples_out, faults, seconds, keep`;
-    faults are samples without an embedding. Raises `ConfigError` for a wrong condition, naming the columns.
+    faults are samples without an embedding. With `dry_run` nothing is written, and what would be is returned. Raises `ConfigError` for a
+    wrong condition, naming the columns.
     """
     from diptych.datasets import embeddings as joins
     from diptych.datasets.filter import filter_rows, similarities
@@ -27,6 +29,10 @@ def run(shards: str, out: str, where: str, *, embeddings: str = "", manifest: st
     data = open_manifest(shards, manifest)
     join = joins.join(data, embeddings) if embeddings else None
     rows = filter_rows(data, where, similarities(join, data.samples) if join else None)
+    if dry_run:
+        first = data.rows(rows[:1], ["key", "caption"]).to_pylist()
+        about = {"shards": shards, "embeddings": embeddings or "none", "where": where or "all", "writes": out, "samples_in": data.samples}
+        return about | {"samples_out": len(rows), "first kept": first[0] if first else "none"}
     write_keep(out, data, rows)
     faults = [{name: value for name, value in asdict(fault).items() if name != "slot"} for fault in (join.faults if join else [])]
     return {"samples_in": data.samples, "samples_out": len(rows), "faults": faults, "seconds": time.monotonic() - started, "keep": out}
@@ -39,8 +45,9 @@ def command(
     where: Annotated[str, typer.Option(help='SQL condition, e.g. "width >= 256 AND aspect < 2 AND word_count > 2"')] = "",
     embeddings: Annotated[str, typer.Option(help="folder of image and text embeddings, for the column similarity")] = "",
     columns: Annotated[bool, typer.Option("--columns", help="list the columns and stop")] = False,
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    manifest: ManifestFolder = "",
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Write the keep-list OUT of the samples of SHARDS for which a condition is true; nothing is copied or rewritten.
 
@@ -58,6 +65,8 @@ def command(
         finish({"columns": list(known)}, json)
     if not out:
         raise ConfigError("OUT", out, "a path for the keep-list", "Example: keep.parquet")
+    if dry_run:
+        would("filter", lambda: run(shards, out, where, embeddings=embeddings, manifest=manifest, dry_run=True), json)
     result = run(shards, out, where, embeddings=embeddings, manifest=manifest)
     show_faults(result["faults"])
     note(f"kept {result['samples_out']:,} of {result['samples_in']:,} samples: {out}. Train on them with data.keep={out}")

@@ -6,13 +6,15 @@ stable_diffusion, and dalle2_prior with dalle2_decoder, paint: pictures of promp
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diptych.config import ConfigError, apply_overrides
-from diptych.pipelines.console import finish, note, show_faults
+from diptych.pipelines.console import finish, note, show_faults, would
+from diptych.pipelines.options import AsJson, Averaged, Checkpoint, Device, DryRun
 
 if TYPE_CHECKING:
     from diptych.trainers.decoding import Decoding
@@ -24,12 +26,13 @@ def run(
     runs: str | list[str], prompts: list[str], prompt_file: str = "", out: str = "", decoding: list[str] | None = None, strategy: str = "greedy",
     *, prompt_column: str = "", images: str = "", neighbours: int = 3, workers: int = -1, gpus_per_worker: float = 0,
     checkpoint: str = "newest", averaged: bool = True, device: str = "auto", pictures: dict[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate with `runs`; returns `samples_in, samples_out, faults, seconds, texts, out`.
 
     `decoding` is a list of `KEY=VALUE`: of text on top of `strategy`, a name of `decoding.STRATEGIES`; of pictures, `PictureSettings`.
     `pictures` are further fields of `generate_pictures.PictureCall`, and `clip`, and `prompts_from`: a gpt2 run that writes the prompts.
-    Raises `ConfigError` for runs whose tasks generate nothing from what is given, an unknown strategy or key, and prompts that cannot be
+    With `dry_run` nothing is loaded or written, and what would be is returned. Raises `ConfigError` for runs whose tasks generate nothing from what is given, an unknown strategy or key, and prompts that cannot be
     continued.
     """
     from diptych.config import RunConfig
@@ -44,6 +47,7 @@ def run(
         return _pictures(
             names, prompts, prompt_file, out, decoding or [], strategy, prompt_column=prompt_column, workers=workers,
             gpus_per_worker=gpus_per_worker, checkpoint=checkpoint, averaged=averaged, device=device, options=dict(pictures or {}),
+            dry_run=dry_run,
         )  # fmt: skip
     if config.task.name not in ("gpt2", *_FROM_IMAGES):
         raise ConfigError(
@@ -58,7 +62,7 @@ def run(
                 "--images", images, "a picture or a folder of them", f"A run of {config.task.name} takes pictures, not prompts."
             )
         return generate_from_images.run(
-            folders[0], images, out, chosen, neighbours=neighbours, checkpoint=checkpoint, averaged=averaged, device=device
+            folders[0], images, out, chosen, neighbours=neighbours, checkpoint=checkpoint, averaged=averaged, device=device, dry_run=dry_run
         )
     if images:
         raise ConfigError("--images", images, "no pictures", "A run of gpt2 takes prompts: --prompt or --prompts.")
@@ -66,7 +70,7 @@ def run(
         prompts = [getattr(config.task, "prefix", "")]
     return generate_text.run(
         folders[0], prompts, prompt_file, out, chosen, prompt_column=prompt_column, workers=workers, gpus_per_worker=gpus_per_worker,
-        checkpoint=checkpoint, averaged=averaged, device=device,
+        checkpoint=checkpoint, averaged=averaged, device=device, dry_run=dry_run,
     )  # fmt: skip
 
 
@@ -81,12 +85,14 @@ def _decoding(strategy: str, overrides: list[str]) -> Decoding:
 def _pictures(
     names: list[str], prompts: list[str], prompt_file: str, out: str, settings: list[str], strategy: str, *, prompt_column: str,
     workers: int, gpus_per_worker: float, checkpoint: str, averaged: bool, device: str, options: dict[str, Any],
+    dry_run: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Paint: prompts as they are, from a file, or written by a gpt2 run whose decoding shares `settings` with the painter."""
     from diptych.pipelines import generate_pictures, generate_text
     from diptych.pipelines.painters import painter_spec
     from diptych.trainers.decoding import Decoding
 
+    planned: dict[str, Any] = {}
     clip, writer = options.pop("clip", ""), options.pop("prompts_from", "")
     spec = painter_spec(names, clip=clip, checkpoint=checkpoint, averaged=averaged, device=device)
     faults: list[dict[str, Any]] = []
@@ -97,15 +103,22 @@ def _pictures(
         of_text = [text for text in settings if text.partition("=")[0] in Decoding.model_fields]
         settings = [text for text in settings if text not in of_text]
         written = run(
-            writer, prompts, decoding=of_text, strategy=strategy, workers=0, checkpoint=checkpoint, averaged=averaged, device=device
-        )
-        prompts, faults = [" ".join(row["text"].split()) for row in written["texts"]], faults + written["faults"]
+            writer, prompts, decoding=of_text, strategy=strategy, workers=0, checkpoint=checkpoint, averaged=averaged, device=device,
+            dry_run=dry_run,
+        )  # fmt: skip
+        if dry_run:
+            planned = {"prompts_from": written}
+            prompts = [f"what {writer} makes of {prompt!r}" for prompt in prompts or [""]]
+        else:
+            prompts, faults = [" ".join(row["text"].split()) for row in written["texts"]], faults + written["faults"]
     empty = [number for number, prompt in enumerate(prompts) if not prompt.strip()]
     faults += [{"shard": prompt_file or "--prompt", "key": str(number), "kind": "empty_prompt", "detail": "no text"} for number in empty]
     prompts = [prompt for prompt in prompts if prompt.strip()]
     call = generate_pictures.PictureCall(
         tuple(prompts), settings=tuple(settings), score=clip, out=out, workers=workers, gpus_per_worker=gpus_per_worker, **options
     )
+    if dry_run:
+        return planned | generate_pictures.run(spec, call, dry_run=True) | {"faults": len(faults)}
     result = generate_pictures.run(spec, call)
     return result | {"faults": [*faults, *result["faults"]]}
 
@@ -135,10 +148,11 @@ def command(
     strategy: Annotated[str, typer.Option(help="text: greedy, no-repeat-3, 'no-repeat-3 + beam 3', 'top-k 50', …")] = "greedy",
     workers: Annotated[int, typer.Option(help="Ray Data actors; 0 = none, this process; default: by the work")] = -1,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each actor")] = 0,
-    checkpoint: Annotated[str, typer.Option(help="newest, best, or a checkpoint's name")] = "newest",
-    averaged: Annotated[bool, typer.Option(help="take the averaged weights, where the run kept some")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    checkpoint: Checkpoint = "newest",
+    averaged: Averaged = True,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Continue prompts, caption pictures, predict their prompts, or paint, with RUN's model; status 1 if some input was unusable.
 
@@ -152,11 +166,14 @@ def command(
         "init_image": init_image, "mask": mask, "invert_mask": invert_mask, "shards": shards, "batch_size": batch_size,
         "samples_per_shard": samples_per_shard,
     }  # fmt: skip
-    result = run(
-        runs, prompt or [], prompts, out, [text for text in arguments if "=" in text], strategy, prompt_column=prompt_column, images=images,
+    call = functools.partial(
+        run, runs, prompt or [], prompts, out, [text for text in arguments if "=" in text], strategy, prompt_column=prompt_column, images=images,
         neighbours=neighbours, workers=workers, gpus_per_worker=gpus_per_worker, checkpoint=checkpoint, averaged=averaged, device=device,
-        pictures=pictures,
+        pictures=pictures, dry_run=dry_run,
     )  # fmt: skip
+    if dry_run:
+        would("generate", call, json)
+    result = call()
     for row in result["texts"]:
         where = [row[key] for key in ("image", "file") if key in row]
         where += [f"{row[key]:.3f}" for key in ("cosine", "clip_score") if key in row]

@@ -67,19 +67,28 @@ def batches(found: list[tuple[str, Path]], need: ImageNeed, faults: list[dict[st
 
 def run(
     run_dir: Path, images: str, out: str, decoding: Decoding, *, neighbours: int = 3, checkpoint: str = "newest", averaged: bool = True,
-    device: str = "auto",
+    device: str = "auto", dry_run: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Caption or embed `images`; returns `samples_in, samples_out, faults, seconds, texts, out`.
 
     coca: `out` is .txt, .csv or .jsonl with a row per caption. clip_vit: `out` is the competition's .csv (`imgId_eId, val`), and `texts`
-    are the `neighbours` nearest prompts of the run's data, also written beside it as `<out>.prompts.csv`.
+    are the `neighbours` nearest prompts of the run's data, also written beside it as `<out>.prompts.csv`. With `dry_run` nothing is
+    loaded or written, and what would be is returned.
     """
-    import torch
-
-    from diptych.pipelines.trained import load_trained
+    from diptych.pipelines.trained import described, load_trained
 
     started = time.monotonic()
     found = pictures(images)
+    if dry_run:
+        about = described(run_dir, checkpoint, averaged) | {"device": device, "decoding": decoding.model_dump(mode="json")}
+        return about | {
+            "samples_in": len(found),
+            "first picture": str(found[0][1]),
+            "neighbours": neighbours,
+            "writes": out or "the screen",
+        }
+    import torch
+
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     trained = load_trained(run_dir, checkpoint, averaged, chosen)
     make = _captions if trained.config.task.name == "coca" else _embeddings

@@ -21,6 +21,7 @@ from diptych.pipelines.paint_worker import PaintSpec, Part, PictureJob
 
 if TYPE_CHECKING:
     from diptych.pipelines.painters import PainterSpec
+    from diptych.trainers.pictures import PictureSettings
 
 _PROVENANCE = "generate.json"
 
@@ -75,32 +76,66 @@ class PictureCall:
         ]
 
 
-def run(spec: PainterSpec, call: PictureCall) -> dict[str, Any]:
+def run(spec: PainterSpec, call: PictureCall, dry_run: bool = False) -> dict[str, Any]:
     """Paint `call` with the runs of `spec`; returns `samples_in, samples_out, faults, seconds, texts, out`.
 
     `texts` has a row per picture that this call made: `file, prompt, seed, …`, and `clip_score` where a CLIP judged. Raises `ConfigError`
-    for requests that the models cannot serve, and for a folder of shards that another call has filled.
+    for requests that the models cannot serve, and for a folder of shards that another call has filled. With `dry_run` nothing is loaded
+    or written, and what would be is returned.
     """
     from diptych.pipelines.painters import checkpoint_names, open_painter
+    from diptych.pipelines.trained import described
 
     # Models and checkpoint by name: a resumed call is the same call only on the same weights.
     about = {"model": spec.name, "checkpoint": checkpoint_names(spec), "averaged": spec.averaged}
     default = spec.run_of("dalle2_decoder") or Path(spec.runs[0])
+    if dry_run:
+        runs = [described(Path(run), spec.checkpoint, spec.averaged) for run in spec.runs]
+        return {"runs": runs, "clip": spec.clip or "none", "device": spec.device} | plan(call, about, str(default / "generated"))
     return paint(functools.partial(open_painter, spec), call, about, str(default / "generated"))
+
+
+def plan(call: PictureCall, about: dict[str, Any], default_out: str) -> dict[str, Any]:
+    """What `paint` would do with these arguments; nothing is written. Raises `ConfigError` for a call that no painter could serve."""
+    call.check()
+    jobs, settings = call.jobs(), apply_overrides(_settings(), call.settings)
+    if call.shards:
+        _claim(call.shards, about | _facts(call, settings), call, jobs, dry_run=True)
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "samples_in": len(jobs),
+        "first prompt": jobs[0].prompt,
+        "first seed": jobs[0].seed,
+        "init_image": call.init_image or "none",
+        "mask": call.mask or "none",
+        "score": call.score or "none",
+        "workers": _actors(call),
+        "writes": call.shards or call.out or default_out,
+    }
+
+
+def _settings() -> PictureSettings:
+    from diptych.trainers.pictures import PictureSettings
+
+    return PictureSettings()
+
+
+def _facts(call: PictureCall, settings: PictureSettings) -> dict[str, Any]:
+    """What the metadata says of the call: whatever is not as usual."""
+    facts = {key: value for key, value in settings.model_dump().items() if value != type(settings).model_fields[key].default}
+    facts |= {"negative_prompt": call.negative_prompt} if call.negative_prompt else {}
+    return facts | ({"init_image": Path(call.init_image).name} if call.init_image else {})
 
 
 def paint(make: Callable[[], Any], call: PictureCall, about: dict[str, Any], default_out: str = "pictures") -> dict[str, Any]:
     """The same with any painter, which `make` opens in the process that calls it; `about` goes into the metadata."""
     from diptych.pipelines.painters import open_embedder
-    from diptych.trainers.pictures import PictureSettings
 
     started = time.monotonic()
     call.check()
-    settings = apply_overrides(PictureSettings(), call.settings)
+    settings = apply_overrides(_settings(), call.settings)
     jobs = call.jobs()
-    facts = about | {key: value for key, value in settings.model_dump().items() if value != PictureSettings.model_fields[key].default}
-    facts |= {"negative_prompt": call.negative_prompt} if call.negative_prompt else {}
-    facts |= {"init_image": Path(call.init_image).name} if call.init_image else {}
+    facts = about | _facts(call, settings)
     spec = PaintSpec(
         make, settings, call.shards or call.out or default_out, call.samples_per_shard if call.shards else 0, call.batch_size,
         Path(call.init_image).read_bytes() if call.init_image else b"", Path(call.mask).read_bytes() if call.mask else b"",
@@ -196,8 +231,8 @@ def _actors(call: PictureCall) -> int:
     return max(1, int(local_gpus() / call.gpus_per_worker))
 
 
-def _claim(out: str, facts: dict[str, Any], call: PictureCall, jobs: list[PictureJob]) -> None:
-    """Record what fills `out`; `ConfigError` that names the difference if another call has begun it."""
+def _claim(out: str, facts: dict[str, Any], call: PictureCall, jobs: list[PictureJob], *, dry_run: bool = False) -> None:
+    """Record what fills `out`, or with `dry_run` only look; `ConfigError` that names the difference if another call has begun it."""
     from diptych.datasets import storage
 
     inputs = hashlib.sha256(json.dumps([[job.prompt, job.seed] for job in jobs]).encode())
@@ -207,7 +242,8 @@ def _claim(out: str, facts: dict[str, Any], call: PictureCall, jobs: list[Pictur
     mine = json.loads(json.dumps(mine, default=str))
     place = storage.join(out, _PROVENANCE)
     if not storage.exists(place):
-        storage.write_bytes(place, json.dumps(mine, indent=2).encode())
+        if not dry_run:
+            storage.write_bytes(place, json.dumps(mine, indent=2).encode())
         return
     former = json.loads(storage.read_bytes(place))
     changed = next((key for key in sorted(former.keys() | mine.keys()) if former.get(key) != mine.get(key)), None)

@@ -144,12 +144,16 @@ def check_output(out: str) -> None:
 def run(
     run_dir: Path, prompts: list[str], prompt_file: str, out: str, decoding: Decoding, *, prompt_column: str = "",
     workers: int = -1, gpus_per_worker: float = 0, checkpoint: str = "newest", averaged: bool = True, device: str = "auto",
+    dry_run: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Complete `prompts`, or those of `prompt_file`; returns `samples_in, samples_out, faults, seconds, texts, out`.
 
-    `workers` of -1 takes the machine's cores for a file of many prompts, and this process for a few.
+    `workers` of -1 takes the machine's cores for a file of many prompts, and this process for a few. With `dry_run` nothing is loaded
+    or written, and what would be is returned.
     """
     import os
+
+    from diptych.pipelines.trained import described
 
     started = time.monotonic()
     check_output(out)
@@ -158,6 +162,18 @@ def run(
         prompts, faults = read_prompts(prompt_file, prompt_column)
     if workers < 0:
         workers = min(os.cpu_count() or 1, len(prompts) // (8 * _BLOCK)) if prompt_file else 0
+    if dry_run:
+        about = described(run_dir, checkpoint, averaged) | {
+            "device": device,
+            "workers": workers,
+            "decoding": decoding.model_dump(mode="json"),
+        }
+        return about | {
+            "samples_in": len(prompts),
+            "faults": len(faults),
+            "first prompt": next(iter(prompts), "none"),
+            "writes": out or "the screen",
+        }
     make = functools.partial(load_completer, str(run_dir), checkpoint, averaged, device)
     count, kept, faulty = write_texts(complete(make, prompts, decoding, workers, gpus_per_worker), out, len(prompts))
     if faulty and not prompt_file:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.pipelines.console import finish, note, progress, show_faults
+from diptych.pipelines.options import AsJson, ManifestFolder
 
 
 def run(
@@ -82,14 +83,14 @@ def report(result: dict[str, Any]) -> None:
 def command(
     shards: Annotated[str, typer.Argument(help="folder or URL of tars, a glob, or a brace pattern")],
     *,
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
+    manifest: ManifestFolder = "",
     rebuild: Annotated[bool, typer.Option("--rebuild", help="walk unchanged shards again")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read and decode every member, too")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="write clean copies of broken tars to repaired/ beside them; implies --verify")
     ] = False,
     jobs: Annotated[int, typer.Option(help="walks at a time; 0 = one per core")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    json: AsJson = False,
 ) -> None:
     """Build or check the manifest of SHARDS; status 1 if faults were found, each of which is printed.
 

@@ -20,6 +20,7 @@ import typer
 
 from diptych.config import ConfigError
 from diptych.pipelines.console import finish, note, progress, show_faults, show_table, would
+from diptych.pipelines.options import AsJson, DryRun, RayAddress
 
 if TYPE_CHECKING:
     from diptych.datasets.ingest import IngestOptions, ShardJob, ShardOutcome
@@ -260,10 +261,10 @@ def command(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="download again what failed, into the same shards")] = False,
     pages: Annotated[bool, typer.Option("--pages", help="URLS names web pages: their images are listed first")] = False,
     page_delay_seconds: Annotated[float, typer.Option(help="between two pages of one host")] = 1.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show how the list is understood, download nothing")] = False,
+    dry_run: DryRun = False,
     list_sets: Annotated[bool, typer.Option("--list-sets", help="show named sets and stop")] = False,
-    address: Annotated[str, typer.Option(help="Ray address; default: RAY_ADDRESS, else a local Ray")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    address: RayAddress = "",
+    json: AsJson = False,
 ) -> None:
     """Download URLS into webdataset shards in OUT with img2dataset on Ray; repeated, it makes only what is missing.
 
@@ -288,7 +289,7 @@ def command(
     if dry_run:
         if pages:
             raise ConfigError("--dry-run", "with --pages", "a list of URLs", "Pages have to be read before their images are known.")
-        finish(would("ingest", plan(urls, out, options, jobs)), json)
+        would("ingest", lambda: plan(urls, out, options, jobs), json)
     page_faults: list[dict[str, Any]] = []
     if pages:
         urls, page_faults = list_from_pages(urls, out, page_delay_seconds)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.pipelines.console import finish, note, show_faults, show_table
+from diptych.pipelines.options import AsJson, ManifestFolder
 
 
 def run(shards: str, out: str = "inspect.html", *, pictures: int = 48, seed: int = 0, manifest: str = "") -> dict[str, Any]:
@@ -45,8 +46,8 @@ def command(
     *,
     pictures: Annotated[int, typer.Option(help="samples on the contact sheet")] = 48,
     seed: Annotated[int, typer.Option(help="which samples are drawn")] = 0,
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    manifest: ManifestFolder = "",
+    json: AsJson = False,
 ) -> None:
     """Write a page that shows SHARDS: counts, sizes, captions, histograms and a contact sheet; no request to anywhere.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from diptych.pipelines.console import finish, note
+from diptych.pipelines.options import AsJson, ManifestFolder
 
 
 def run(how: str, lists: list[str], out: str, *, shards: str, manifest: str = "") -> dict[str, Any]:
@@ -34,8 +35,8 @@ def command(
     *,
     shards: Annotated[str, typer.Option(help="the shards that the lists are of")],
     out: Annotated[str, typer.Option(help="keep-list to write (.parquet)")],
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    manifest: ManifestFolder = "",
+    json: AsJson = False,
 ) -> None:
     """Combine keep-lists of the same data into one.
 

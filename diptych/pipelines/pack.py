@@ -21,6 +21,7 @@ import typer
 
 from diptych.config import ConfigError
 from diptych.pipelines.console import finish, note, progress, show_faults, would
+from diptych.pipelines.options import AsJson, DryRun
 
 if TYPE_CHECKING:
     from diptych.datasets.pack import Columns, PackOptions, Part, PartResult
@@ -201,8 +202,8 @@ def command(
     hub_layout: Annotated[str, typer.Option(help="files on the hub: webdataset or imagefolder")] = "webdataset",
     private: Annotated[bool, typer.Option(help="make that data set private")] = True,
     jobs: Annotated[int, typer.Option(help="processes; 0 = one per core")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show columns and the first sample, write nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Pack SOURCE into webdataset shards in OUT; repeated, it packs only what is missing.
 
@@ -214,7 +215,7 @@ def command(
         "image_format": image_format, "quality": quality,
     }  # fmt: skip
     if dry_run:
-        finish(would("pack", plan(source, out, options, split)), json)
+        would("pack", lambda: plan(source, out, options, split), json)
     result = run(source, out, options, split, jobs)
     show_faults(result["faults"])
     note(f"{result['samples_out']:,} of {result['samples_in']:,} samples in {result['shards']} shards, {result['seconds']:.1f} s: {out}")

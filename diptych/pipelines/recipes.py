@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from diptych.config import Config, ConfigError, load_recipe, recipes_of, task_config_class, task_names
 from diptych.documentation import field_documentation
 from diptych.pipelines.console import finish
+from diptych.pipelines.options import AsJson
 from diptych.tune_spaces import spaces_of
 
 _BOUNDS = (
@@ -125,7 +126,7 @@ def command(
     name: Annotated[str, typer.Argument(help="TASK or TASK/RECIPE")] = "",
     recipe: Annotated[str, typer.Argument(help="a recipe of TASK; default: smoke")] = "",
     *,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    json: AsJson = False,
 ) -> None:
     """List every task and recipe; with NAME, its whole configuration and what each key means.
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.pipelines.console import finish, note, progress, show_faults
+from diptych.pipelines.console import finish, note, progress, show_faults, would
+from diptych.pipelines.options import AsJson, DryRun, ManifestFolder
 
 
 def run(embeddings: str, shards: str, out: str, *, manifest: str = "", overwrite: bool = False, jobs: int = 0) -> dict[str, Any]:
@@ -54,20 +55,47 @@ def run(embeddings: str, shards: str, out: str, *, manifest: str = "", overwrite
     }
 
 
+def plan(embeddings: str, shards: str, out: str, *, manifest: str = "", overwrite: bool = False, jobs: int = 0) -> dict[str, Any]:
+    """What `run` would do with these arguments; nothing is written, and no key is looked at. Raises as `run` does for what it looks at."""
+    import os
+
+    from diptych.datasets.manifest import open_manifest
+    from diptych.datasets.reorder import open_source
+    from diptych.datasets.reorder_report import Samples, stands_in
+
+    samples = Samples.of(open_manifest(shards, manifest))
+    rows, source = samples.shards(), open_source(embeddings)
+    return {
+        "embeddings": embeddings,
+        "samples_in": source.rows,
+        "modalities": {kind: f"{dtype} [{dim}]" for kind, (dim, dtype) in source.shapes.items()},
+        "shards": len(rows),
+        "rows": sum(shard.rows for shard in rows),
+        "index_width": samples.width,
+        "writes": [f"{out}/{kind}" for kind in source.shapes],
+        "stands_in_out": stands_in(out, source, rows, overwrite),
+        "jobs": jobs or os.cpu_count() or 1,
+        "first shard": f"{rows[0].name}: {rows[0].rows} rows",
+    }
+
+
 def command(
     embeddings: Annotated[str, typer.Argument(metavar="EMB", help="folder in clip-retrieval's layout")],
     shards: Annotated[str, typer.Argument(help="the shards that were embedded, all of them")],
     out: Annotated[str, typer.Argument(help="folder for img_emb/ and text_emb/")],
     *,
-    manifest: Annotated[str, typer.Option(help="folder of the manifest; default: beside the shards")] = "",
+    manifest: ManifestFolder = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another result in OUT")] = False,
     jobs: Annotated[int, typer.Option(help="shards written at a time; 0 = one per core")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Write embeddings in DALLE2-pytorch's layout: a file per shard, gaps as rows of zeros, each listed in gaps.parquet.
 
     Example: diptych reorder embeddings/ shards/ reordered/
     """
+    if dry_run:
+        would("reorder", lambda: plan(embeddings, shards, out, manifest=manifest, overwrite=overwrite, jobs=jobs), json)
     result = run(embeddings, shards, out, manifest=manifest, overwrite=overwrite, jobs=jobs)
     show_faults(result["faults"])
     if result["shards_reused"]:

@@ -20,6 +20,7 @@ import typer
 
 from diptych.config import RunConfig
 from diptych.pipelines.console import finish, note
+from diptych.pipelines.options import AsJson
 
 _SHOWN = 24
 """Samples with their pictures, per run."""
@@ -230,7 +231,7 @@ def command(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or names under runs/")],
     *,
     out: Annotated[str, typer.Option(help="HTML file to write")] = "report.html",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page of RUNs.
 

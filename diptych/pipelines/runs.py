@@ -13,6 +13,7 @@ import typer
 from diptych.config import ConfigError
 from diptych.pipelines import runs_compare, runs_folder, tracking
 from diptych.pipelines.console import finish, note, show_table
+from diptych.pipelines.options import AsJson
 from diptych.redaction import without_credentials
 
 _DEPTH = 3
@@ -123,7 +124,7 @@ def command(
     compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="show where runs differ, and their figures (repeatable)")] = None,
     open_run: Annotated[str, typer.Option("--open", metavar="RUN", help="open the run's page in MLflow")] = "",
     tracking_uri: Annotated[str, typer.Option(help="another MLflow store to set right; default: those that the runs name")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    json: AsJson = False,
 ) -> None:
     """List runs with status, step and metrics, compare some, or open one; end in MLflow what died without a word.
 

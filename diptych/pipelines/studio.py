@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import sys
 from contextlib import nullcontext
@@ -11,19 +12,24 @@ from typing import Annotated, Any
 import typer
 
 from diptych.config import ConfigError
-from diptych.pipelines.console import finish, note
+from diptych.pipelines.console import finish, note, would
+from diptych.pipelines.options import AsJson, Averaged, Checkpoint, Device, DryRun
 
 
 def run(
     runs: list[str], *, clip: str = "", host: str = "127.0.0.1", port: int = 0, auth: str = "", out: str = "studio", serve: int = 0,
     gpus_per_replica: float = 0.0, checkpoint: str = "newest", averaged: bool = True, device: str = "auto", block: bool = True,
+    dry_run: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Open the studio on `runs`; with `block`, returns when it is stopped. Returns `address, pictures, app`.
 
     `serve` above 0 puts the models into as many replicas of Ray Serve at most; 0 keeps them in this process. Raises `ConfigError`
-    for runs that do not go together, an address beyond this machine without `auth`, and where gradio is not installed.
+    for runs that do not go together, an address beyond this machine without `auth`, and where gradio is not installed. With `dry_run`
+    nothing is loaded, and what would be is returned.
     """
+    from diptych.pipelines.runs_folder import find_run
     from diptych.pipelines.studio_models import ServedModels, StudioModels, studio_spec
+    from diptych.pipelines.trained import described
 
     users = read_users(auth)
     check_address(host, users)
@@ -33,6 +39,10 @@ def run(
         raise ConfigError("studio", error.name, "an environment with gradio", 'Install the extra: pip install "diptych[studio]"') from error
     spec = studio_spec(runs, clip=clip, checkpoint=checkpoint, averaged=averaged, device=device)
     folder = Path(out).absolute()
+    if dry_run:
+        about = {"address": f"http://{host}:{port or 'the first free port from 7860 on'}", "users": len(users), "writes": str(folder)}
+        about |= {"replicas": serve, "gpus": serve * gpus_per_replica, "device": device, "clip": clip or "none"}
+        return about | {"runs": [described(find_run(run), checkpoint, averaged) for run in runs]}
     folder.mkdir(parents=True, exist_ok=True)
     note(f"loading {len(runs)} runs" + (f" into up to {serve} replicas" if serve else ""))
     with _ray(serve):
@@ -88,19 +98,23 @@ def command(
     out: Annotated[str, typer.Option(help="folder for the pictures that are made")] = "studio",
     serve: Annotated[int, typer.Option(help="replicas of Ray Serve at most; 0 = the models stay in this process")] = 0,
     gpus_per_replica: Annotated[float, typer.Option(help="GPUs of each replica")] = 0.0,
-    checkpoint: Annotated[str, typer.Option(help="newest, best, or a checkpoint's name")] = "newest",
-    averaged: Annotated[bool, typer.Option(help="take the averaged weights, where a run kept some")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    checkpoint: Checkpoint = "newest",
+    averaged: Averaged = True,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Open a web page on RUNs: keywords, dreams, variations, inpainting, prompts from pictures, and a gallery.
 
     Example: diptych studio runs/prompts runs/painter runs/captioner
     """
-    result = run(
-        runs, clip=clip, host=host, port=port, auth=auth, out=out, serve=serve, gpus_per_replica=gpus_per_replica, checkpoint=checkpoint,
-        averaged=averaged, device=device,
+    call = functools.partial(
+        run, runs, clip=clip, host=host, port=port, auth=auth, out=out, serve=serve, gpus_per_replica=gpus_per_replica, checkpoint=checkpoint,
+        averaged=averaged, device=device, dry_run=dry_run,
     )  # fmt: skip
+    if dry_run:
+        would("open the studio", call, json)
+    result = call()
     finish({key: result[key] for key in ("address", "pictures")}, json)
 
 

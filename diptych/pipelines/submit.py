@@ -8,6 +8,7 @@ along as part of the job.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json as json_module
 import os
 import shlex
@@ -20,6 +21,7 @@ import typer
 
 from diptych.config import ConfigError
 from diptych.pipelines.console import finish, note, would
+from diptych.pipelines.options import AsJson, DryRun
 from diptych.redaction import is_secret_name, without_credentials
 
 if TYPE_CHECKING:
@@ -258,11 +260,11 @@ def command(
     env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job; no secrets (repeatable)")] = None,
     runtime_env: Annotated[str, typer.Option(help="YAML or JSON with Ray's runtime environment (pip, image_uri, …)")] = "",
     name: Annotated[str, typer.Option(help="the job's id; default: one that Ray makes")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the job and its environment, send nothing")] = False,
+    dry_run: DryRun = False,
     wait: Annotated[bool, typer.Option(help="follow the output until the job ends")] = True,
     follow_job: Annotated[str, typer.Option("--follow", metavar="JOB", help="follow a job that was submitted before")] = "",
     stop: Annotated[str, typer.Option(metavar="JOB", help="stop a job: its run writes a checkpoint and ends")] = "",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    json: AsJson = False,
 ) -> None:
     """Run VERB as a job on a Ray cluster, with this folder's code. Options of `submit` stand before VERB.
 
@@ -272,12 +274,13 @@ def command(
         result = _existing(connect(address), follow_job, stop)
     elif verb:
         kept, variables = tuple(exclude or ()), tuple(env or ())
-        result = run(
-            verb, arguments or [], address, working_dir=working_dir, excludes=kept, runtime_env=runtime_env, environment=variables,
+        call = functools.partial(
+            run, verb, arguments or [], address, working_dir=working_dir, excludes=kept, runtime_env=runtime_env, environment=variables,
             name=name, wait=wait, dry_run=dry_run,
         )  # fmt: skip
         if dry_run:
-            finish(would("submit", result), json)
+            would("submit", call, json)
+        result = call()
     else:
         raise ConfigError("VERB", "", "a verb, or --follow or --stop with a job", "Example: diptych submit train coca output=/shared/runs")
     _end(result, json)

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe
+from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe, set_path
 from diptych.pipelines import ray_context, runs_folder, tracking
 from diptych.pipelines.console import finish, note, show_table, would
 from diptych.pipelines.environment import cluster as cluster_facts
 from diptych.pipelines.follow import following
+from diptych.pipelines.options import AsJson, DryRun
 from diptych.pipelines.prepare import Prepared, prepare
 from diptych.redaction import without_credentials, without_secrets
 
@@ -294,8 +295,8 @@ def command(
     *,
     recipe: Annotated[str, typer.Option(help="starting configuration")] = "smoke",
     config: Annotated[str, typer.Option(help="stored configuration, or DALLE2-pytorch's JSON, to start from instead")] = "",
-    dry_run: Annotated[bool, typer.Option(help="check everything, show what would run, start nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Train TASK; an unfinished run of the same name= is resumed.
 
@@ -303,7 +304,7 @@ def command(
     """
     resolved = resolve(task, recipe, config, overrides or [])
     if dry_run:
-        finish(_dry_run(resolved), json)
+        would("train", lambda: _dry_run(resolved), json)
     result = run(resolved)
     figures = [[key, f"{value:.5g}"] for key, value in result["metrics"].items() if isinstance(value, int | float)]
     show_table(f"{result['status']} at step {result['step']} · {result['run_dir']}", ["metric", "value"], figures)
@@ -319,15 +320,18 @@ def _dry_run(config: RunConfig) -> dict[str, Any]:
     ray_context.preflight(config)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(config, Path(folder))
-        facts = prepared.facts
+        resolved, facts = prepared.config, prepared.facts
         caption = prepared.manifest.rows(np.array([0]), ["caption"])["caption"][0].as_py()
+    tokenizer = str(getattr(config.task, "tokenizer", ""))
+    if tokenizer.startswith("train:"):
+        # The one that was trained to look at the captions is gone with its folder.
+        resolved = set_path(resolved, "task.tokenizer", tokenizer)
     resources = {
         "workers": config.workers,
         "cpus": ray_context.required_cpus(config),
         "gpus": config.most_workers * config.cluster.gpus_per_worker,
     }
-    would("train", resources | facts | {"first caption": caption})
-    return {"config": json.loads(prepared.config.to_json(public=True)), "resources": resources, "data": facts}
+    return {"config": json.loads(resolved.to_json(public=True)), "resources": resources, "data": facts, "first caption": caption}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import typer
 
 from diptych.config import ConfigError, RunConfig, apply_overrides, dotted_keys, get_path, load_config_file, load_recipe, set_path
 from diptych.pipelines import ray_context, runs_folder, tracking, train
-from diptych.pipelines.console import finish, note, show_table
+from diptych.pipelines.console import finish, note, show_table, would
+from diptych.pipelines.options import AsJson, DryRun
 from diptych.pipelines.prepare import Inputs, prepare
 from diptych.pipelines.sweep import Budget, Sweep
 from diptych.pipelines.sweep_record import Definition, SweepFolder, TrialRecord, ranked
@@ -225,8 +226,8 @@ def command(
     recipe: Annotated[str, typer.Option(help="starting configuration; default: the space's")] = "",
     config: Annotated[str, typer.Option(help="stored configuration to start from instead")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of that name=")] = False,
-    dry_run: Annotated[bool, typer.Option(help="check everything, show the trials, start nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Sweep TASK's configurations: grid, random, ASHA, PBT or Optuna.
 
@@ -240,7 +241,7 @@ def command(
     definition = define(task, space, recipe, config, overrides or [], vary or [], changes)
     budget = Budget(definition.space.trials if definition.space.method != "grid" else trials or 10**6, samples, 60 * minutes)
     if dry_run:
-        finish(_dry_run(definition, budget, at_once, worker_gb), json)
+        would("tune", lambda: _dry_run(definition, budget, at_once, worker_gb), json)
     result = run(definition, budget, at_once=at_once, worker_gb=worker_gb, resume=resume)
     _show(definition, result)
     finish(result, json, failed=result["status"] == "failed")
@@ -255,8 +256,6 @@ def _list_spaces(task: str) -> None:
 def _dry_run(definition: Definition, budget: Budget, at_once: int, worker_gb: float) -> dict[str, Any]:
     planned = first_trials(definition.space, budget.trials, definition.base.seed)
     places = _places(definition, planned, at_once, worker_gb)
-    keys = list(definition.space.parameters)
-    show_table(f"would try, {places} at once", keys, [[parameters[key] for key in keys] for parameters in planned])
     searched: dict[str, Domain] = definition.space.parameters
     return {"trials": planned, "at_once": places, "space": {key: str(domain) for key, domain in searched.items()}}
 
