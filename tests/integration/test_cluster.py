@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,9 +69,8 @@ def folder_to_send(tmp_path: Path) -> Path:
 
 def arguments_of(tmp_path: Path, shards: Path, name: str, **changes: object) -> list[str]:
     store = f"sqlite:///{tmp_path / 'shared' / 'mlflow.db'}"
-    return overrides(
-        shards, name, output=tmp_path / "shared" / "runs", tracking__uri=store, train__steps=12, checkpoint__every_steps=6, **changes
-    )
+    given = {"output": tmp_path / "shared" / "runs", "tracking__uri": store, "train__steps": 12, "checkpoint__every_steps": 6}
+    return overrides(shards, name, **given | changes)
 
 
 def files_with(text: str, *folders: Path) -> list[Path]:
@@ -136,6 +136,37 @@ def test_jobs_with_and_without_the_token(nodes: NodesOfRay, shards: Path, tmp_pa
     store = MlflowClient(f"sqlite:///{tmp_path / 'shared' / 'mlflow.db'}")
     runs = store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
     assert sorted((run.info.run_name, run.info.status) for run in runs) == [("mine", "FINISHED"), ("plain", "FINISHED")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ctrl_c_leaves_a_job_and_stop_leaves_its_checkpoint(nodes: NodesOfRay, shards: Path, tmp_path: Path) -> None:
+    """In a terminal: Ctrl-C asks and the job goes on; `--stop` ends it in order, and the same job again goes on from there."""
+    nodes.add(cpus=4)
+    (tmp_path / "shared").mkdir()
+    checkout, run_dir = folder_to_send(tmp_path), tmp_path / "shared" / "runs" / "long"
+    submit = [sys.executable, "-m", "diptych.pipelines.submit", "--address", nodes.dashboard]
+    train = ["train", "coca", "--recipe", "smoke", *arguments_of(tmp_path, shards, "long", checkpoint__every_steps=0)]
+    keyboard, terminal = os.openpty()
+    with (tmp_path / "submit.log").open("w") as log:
+        words = [*submit, "--name", "long", *train, "train.steps=1000000"]
+        process = subprocess.Popen(words, cwd=checkout, stdin=terminal, stdout=log, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: run_dir.is_dir() and logged_step(run_dir) >= 20, process, 900)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "[l]eave it running" in (tmp_path / "submit.log").read_text(), process, 60)
+    os.write(keyboard, b"l\n")
+    assert process.wait(300) == 0, (tmp_path / "submit.log").read_text()[-3000:]
+    step = logged_step(run_dir)
+    wait_for(lambda: logged_step(run_dir) > step + 20, None, 300)
+    stopped = call([*submit, "--stop", "long", "--follow", "long"], checkout)
+    assert stopped.returncode == 1, stopped.stdout[-3000:] + stopped.stderr[-3000:]
+    assert "job long: STOPPED" in stopped.stderr
+    (checkpoint,) = run_dir.glob("checkpoints/step_*")
+    reached = int(checkpoint.name.split("_")[1].split("-")[0])
+    assert reached > step
+    again = call([*submit, *train, f"train.steps={reached + 5}"], checkout)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert attempts_of(run_dir) == [(2, 0), (2, reached)]
 
 
 def attempts_of(run_dir: Path) -> list[tuple[int, int]]:

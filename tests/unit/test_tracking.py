@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support_runs import logged_step, make_shards, overrides
 
 from diptych.config import ConfigError, RunConfig, apply_overrides, load_recipe
 from diptych.pipelines import tracking
 from diptych.pipelines.environment import environment
+from diptych.pipelines.local import train_here
 from diptych.redaction import clean_text, is_secret_name, without_credentials
 from diptych.trainers.attempts import record_attempt
 from diptych.trainers.journal import MetricsLog
@@ -118,6 +121,39 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(server: Server, tmp_pa
     # The first driver's environment waited with it; whoever comes later logs its own.
     tracker.sync()
     assert again.store.list_artifacts(again.run_id, "environment")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_server_that_stops_for_a_minute_while_a_run_trains(server: Server, tmp_path: Path) -> None:
+    """The run does not wait for it, and ends with every figure in MLflow, each once."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    changes = overrides(make_shards(tmp_path / "shards", 24), "run", workers=1, train__steps=1_000_000, tracking__uri=server.uri)
+    config = apply_overrides(load_recipe("coca", "smoke"), changes)
+    tracker = tracking.Tracker(config, run_dir, None, FACTS)
+    seen: list[int] = []
+
+    def disturb() -> None:
+        while logged_step(run_dir) < 20:
+            time.sleep(0.1)
+        server.stop()
+        seen.append(logged_step(run_dir))
+        time.sleep(60)
+        seen.append(logged_step(run_dir))
+        server.start()
+        (run_dir / "stop").touch()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    with tracker:
+        ended = train_here(config, run_dir)
+    thread.join()
+    tracker.end("FINISHED")
+    assert ended["status"] == "stopped"
+    assert seen[0] + 20 < seen[1] <= ended["step"], "it went on meanwhile"
+    assert [step for step, _ in history(tracker)] == sorted({*range(5, ended["step"] + 1, 5), ended["step"]})
+    assert tracker.store.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_driver_killed_before_it_noted_the_id_finds_its_run_again(server: Server, tmp_path: Path) -> None:
