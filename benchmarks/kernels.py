@@ -4,7 +4,7 @@
 
 One thread. Attention: forward and backward of `scaled_dot_product_attention` in bf16, torch's fused kernel beside plain products, 4 heads of 24
 for short sequences and 12 of 64 for others, about 2,048 tokens a call. AdamW: one step on the parameters of the demo's CoCa. Median milliseconds of
-CPU time. Exit status 1 if a kernel that `fast_attention` or `adamw` takes needs more than 1.15 times what the other one needs.
+CPU time. Exit status 1 if a kernel that `fast_attention` or `make_optimizer` takes needs more than 1.15 times what the other one needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych.config import load_recipe
 from diptych.pipelines.console import show_table
-from diptych.trainers.optim import adamw
+from diptych.trainers.optim import make_optimizer
 from diptych.trainers.precision import SHORT_ATTENTION
 from diptych.trainers.tasks import load_task_class
 
@@ -55,10 +55,10 @@ def attention(tokens: int, heads: int, width: int, backend: SDPBackend, repeat: 
 
 
 def optimizer_steps(repeat: int) -> dict[str, list[float]]:
-    """A step of AdamW as `adamw` makes it, and as torch does by default."""
+    """A step of AdamW as `make_optimizer` makes it, and as torch does by default."""
     recipe = load_recipe("coca", "demo")
     task = load_task_class("coca")(recipe.task, 0)
-    ours = adamw(task, recipe.optim)
+    ours = make_optimizer(task, recipe.optim)
     default = torch.optim.AdamW(task.parameter_groups(recipe.optim.weight_decay), lr=recipe.optim.lr)
     for parameter in task.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None

@@ -128,8 +128,10 @@ class DataConfig(Config):
 
 
 class OptimConfig(Config):
-    """AdamW, its schedule, clipping and EMA."""
+    """The optimizer, its schedule, clipping and EMA."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of hidden layers with AdamW for the rest, at the same rate (`train.strategy=ddp` only)."""
     lr: float = pydantic.Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[float, float], BeforeValidator(_comma_separated)] = (0.9, 0.999)
@@ -137,7 +139,7 @@ class OptimConfig(Config):
     eps: float = pydantic.Field(1e-8, gt=0)
     """Adam's epsilon."""
     eight_bit: bool = False
-    """Moments in 8 bits (bitsandbytes, the extra `gpu`): a quarter of the memory. GPUs and `train.strategy=ddp` only."""
+    """Moments in 8 bits (bitsandbytes, the extra `gpu`): a quarter of the memory. GPUs, AdamW and `train.strategy=ddp` only."""
     weight_decay: float = pydantic.Field(0.01, ge=0)
     """Decoupled decay of matrices; gains and biases are not decayed."""
     warmup_steps: int = pydantic.Field(0, ge=0)

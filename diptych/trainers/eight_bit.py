@@ -29,7 +29,7 @@ def adamw_8bit(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
     return bitsandbytes.optim.AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def read_moments(state: dict[str, Any]) -> dict[str, Tensor]:
+def full_moments(state: dict[str, Any]) -> dict[str, Tensor]:
     """`exp_avg`, `exp_avg_sq` and `step` of one parameter's state, in full."""
     from bitsandbytes import functional
 
@@ -42,7 +42,7 @@ def read_moments(state: dict[str, Any]) -> dict[str, Tensor]:
     return full | {"step": torch.tensor(float(state["step"]))}
 
 
-def write_moments(optimizer: Any, parameter: nn.Parameter, moments: dict[str, Tensor], step: float) -> None:
+def store_moments(optimizer: Any, parameter: nn.Parameter, moments: dict[str, Tensor], step: float) -> None:
     """Store full moments as the optimizer keeps them."""
     from bitsandbytes import functional
 

@@ -12,7 +12,8 @@ from support_training import PairConfig, PairTask, final_state, pair_config, tra
 from diptych.config import ConfigError, OptimConfig
 from diptych.trainers.ema import Ema, warmed_decay
 from diptych.trainers.journal import read_metrics
-from diptych.trainers.optim import adamw, clip_gradients, learning_rate
+from diptych.trainers.muon import MuonWithAdamW
+from diptych.trainers.optim import clip_gradients, learning_rate, make_optimizer
 
 
 def test_warm_up_is_linear_and_reaches_the_peak() -> None:
@@ -32,7 +33,7 @@ def test_schedules_fall_from_the_peak_to_the_floor(schedule: str, middle: float)
 
 def test_gains_biases_and_scalars_are_not_decayed() -> None:
     task = PairTask(PairConfig(idle=True), seed=0)
-    optimizer = adamw(task, OptimConfig(weight_decay=0.3))
+    optimizer = make_optimizer(task, OptimConfig(weight_decay=0.3))
     decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]}
     for name, parameter in task.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim >= 2 and parameter.requires_grad), name
@@ -41,7 +42,7 @@ def test_gains_biases_and_scalars_are_not_decayed() -> None:
 def test_a_task_without_trainable_parameters_is_refused() -> None:
     task = PairTask(PairConfig(), seed=0).requires_grad_(False)
     with pytest.raises(ConfigError, match="without trainable parameters"):
-        adamw(task, OptimConfig())
+        make_optimizer(task, OptimConfig())
 
 
 def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
@@ -103,5 +104,61 @@ def test_averages_switched_on_later_start_from_the_weights(tmp_path: Path) -> No
 def test_eight_bit_moments_need_a_gpu():
     config = pair_config(optim__eight_bit=True)
     with pytest.raises(ConfigError, match=r"cluster\.gpus_per_worker") as caught:
-        adamw(PairTask(config.task, 0), config.optim)
+        make_optimizer(PairTask(config.task, 0), config.optim)
     assert caught.value.key == "optim.eight_bit"
+
+
+def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
+    task = PairTask(PairConfig(), seed=0)
+    optimizer = make_optimizer(task, OptimConfig(name="muon", weight_decay=0.3))
+    assert isinstance(optimizer, MuonWithAdamW)
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    assert sorted(names[one] for one in optimizer.matrices) == ["decode.0.weight", "image.0.weight", "image.3.weight"]
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(names.__getitem__, grouped)) == sorted(names.values())
+
+
+def test_muon_steps_along_the_orthogonalised_gradient_scaled_as_adamw() -> None:
+    task = PairTask(PairConfig(), seed=0)
+    optimizer = make_optimizer(task, OptimConfig(name="muon", lr=1.0, weight_decay=0.0))
+    weight = task.get_parameter("image.0.weight")
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    spread = torch.linalg.svdvals(before - weight.detach()) / (0.2 * max(weight.shape) ** 0.5)
+    # Five Newton-Schulz steps bring every singular value near 1, not to it.
+    assert spread.min() > 0.5
+    assert spread.max() < 1.4
+
+
+def test_a_muon_run_that_is_resumed_equals_one_that_was_not(tmp_path: Path) -> None:
+    train_in(tmp_path / "whole", pair_config(train__steps=6, optim__name="muon"))
+    train_in(tmp_path / "cut", pair_config(train__steps=3, optim__name="muon"))
+    train_in(tmp_path / "cut", pair_config(train__steps=6, optim__name="muon"))
+    whole, cut = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
+    assert "momentum/image.0.weight" in whole.optimizer
+    assert "exp_avg_sq/image.0.weight" not in whole.optimizer
+    for part in ("weights", "optimizer", "ema"):
+        ours, theirs = getattr(cut, part), getattr(whole, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+
+
+@pytest.mark.parametrize("names", [("muon", "adamw"), ("adamw", "muon")])
+def test_moments_of_another_optimizer_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    train_in(tmp_path, pair_config(train__steps=2, optim__name=names[0]))
+    with pytest.raises(ConfigError, match="moments are that optimizer's") as caught:
+        train_in(tmp_path, pair_config(train__steps=4, optim__name=names[1]))
+    assert caught.value.key == "optim.name"
+
+
+def test_muon_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs whole"):
+        train_in(tmp_path, pair_config(train__strategy="zero2", optim__name="muon"))
+    task = PairTask(PairConfig(), seed=0)
+    with pytest.raises(ConfigError, match="moments are not AdamW's"):
+        make_optimizer(task, OptimConfig(name="muon", eight_bit=True))
+    for name, parameter in task.named_parameters():
+        parameter.requires_grad_(name == "head.weight")
+    with pytest.raises(ConfigError, match="no matrix inside of blocks"):
+        make_optimizer(task, OptimConfig(name="muon"))

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diptych.config import RunConfig
-from diptych.trainers.eight_bit import read_moments, write_moments
 from diptych.trainers.ema import Ema
-from diptych.trainers.optim import adamw, clip_gradients, set_learning_rate
+from diptych.trainers.optim import check_moments, clip_gradients, make_optimizer, read_moments, set_learning_rate, write_moments
 from diptych.trainers.precision import Precision, resolve_precision
-from diptych.trainers.state import MOMENTS, TrainState, copy_into, saved_tensors, to_cpu, trainable
+from diptych.trainers.state import TrainState, copy_into, saved_tensors, to_cpu, trainable
 from diptych.trainers.strategies.warmup import example_loss, no_bare_parameters, prepare_task, state_kept
 from diptych.trainers.task import Batch, Output, Task, Validation
 from diptych.trainers.world import World
@@ -47,7 +46,7 @@ class DDPStrategy:
         self.precision = resolve_precision(config.train.precision, world.device)
         prepare_task(config, task)
         self.parameters = trainable(task)
-        self.optimizer = adamw(task, config.optim)
+        self.optimizer = make_optimizer(task, config.optim)
         self.scaler = self.precision.scaler()
         self.model: nn.Module = Autocast(task, self.precision)
         if world.size > 1:
@@ -130,11 +129,7 @@ class DDPStrategy:
             return None
         optimizer: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            # A parameter that never had a gradient has no moments yet; under ZeRO it has zeros.
-            fresh = dict.fromkeys(MOMENTS, torch.zeros_like(parameter)) | {"step": torch.zeros(())}
-            known = self.optimizer.state.get(parameter) or fresh
-            known = read_moments(known) if "state1" in known else known
-            optimizer |= {f"{key}/{name}": known[key] for key in (*MOMENTS, "step")}
+            optimizer |= {f"{key}/{name}": value for key, value in read_moments(self.optimizer, parameter).items()}
         averages = dict(zip(self.parameters, self.ema.average, strict=True)) if self.ema is not None else {}
         return TrainState(
             weights=to_cpu(self._model_tensors()), optimizer=to_cpu(optimizer), ema=to_cpu(averages), scaler=self.scaler.state_dict()
@@ -143,14 +138,13 @@ class DDPStrategy:
     def load_state(self, state: TrainState) -> None:
         """Copy every part in place; a missing part (an average switched on later) starts from the weights."""
         copy_into(self._model_tensors(), state.weights, "model.safetensors")
-        for name, parameter in self.parameters.items():
-            if f"step/{name}" in state.optimizer:
-                # In the parameter's own memory format: the fused optimizer pairs elements by their place in memory.
-                kept = {key: torch.empty_like(parameter).copy_(state.optimizer[f"{key}/{name}"]) for key in MOMENTS}
-                if self.config.optim.eight_bit:
-                    write_moments(self.optimizer, parameter, kept, float(state.optimizer[f"step/{name}"]))
-                    continue
-                self.optimizer.state[parameter] = {"step": state.optimizer[f"step/{name}"].float().clone()} | kept
+        check_moments(state.optimizer, self.config.optim)
+        kept: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.optimizer.items():
+            moment, _, name = key.partition("/")
+            kept.setdefault(name, {})[moment] = value
+        for name in self.parameters.keys() & kept.keys():
+            write_moments(self.optimizer, self.parameters[name], kept[name])
         if self.ema is not None:
             averages = dict(zip(self.parameters, self.ema.average, strict=True))
             copy_into(averages, state.ema or {name: state.weights[name] for name in averages}, "ema.safetensors")
@@ -161,5 +155,6 @@ class DDPStrategy:
         return saved_tensors(self.task)
 
     def optimizer_bytes(self) -> int:
-        """Both moments of every trainable parameter."""
-        return sum(2 * parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
+        """All moments of every trainable parameter."""
+        moments = (read_moments(self.optimizer, parameter) for parameter in self.parameters.values())
+        return sum(value.nbytes for kept in moments for key, value in kept.items() if key != "step")

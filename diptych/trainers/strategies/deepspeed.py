@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diptych.config import ConfigError, RunConfig
 from diptych.trainers.ema import Ema
-from diptych.trainers.optim import adamw, set_learning_rate
+from diptych.trainers.optim import check_moments, make_optimizer, set_learning_rate
 from diptych.trainers.precision import LossScale, Precision, resolve_precision
 from diptych.trainers.state import MOMENTS, TrainState, check_fit, copy_into, persistent_buffers, to_cpu, trainable
 from diptych.trainers.strategies.partitions import Partitions, scalars_carried
@@ -78,6 +78,13 @@ class DeepSpeedStrategy:
             raise ConfigError(
                 "optim.eight_bit", True, "false under DeepSpeed", "ZeRO partitions the moments instead; or set train.strategy=ddp."
             )
+        if config.optim.name != "adamw":
+            raise ConfigError(
+                "optim.name",
+                config.optim.name,
+                "adamw under DeepSpeed",
+                "ZeRO partitions matrices that Muon needs whole; or set train.strategy=ddp.",
+            )
         prepare_task(config, task)
         for parameter in task.parameters():
             # DeepSpeed views weights as bytes, which torch refuses where channels come last (and for kernels of one pixel then, too).
@@ -110,7 +117,7 @@ class DeepSpeedStrategy:
         with scalars_carried(self.task):
             engine, *_ = deepspeed.initialize(
                 model=Entry(self.task, self.precision),
-                optimizer=adamw(self.task, self.config.optim),
+                optimizer=make_optimizer(self.task, self.config.optim),
                 config=self._settings(),
                 dist_init_required=False,
             )
@@ -245,6 +252,7 @@ class DeepSpeedStrategy:
         held = self.parameters | self._frozen()
         shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in held.items()}
         check_fit(shapes | {name: buffer.shape for name, buffer in buffers.items()}, state.weights, "model.safetensors")
+        check_moments(state.optimizer, self.config.optim)
         copy_into(buffers, {name: state.weights[name] for name in buffers}, "model.safetensors")
         for name, parameter in self._frozen().items():
             self.partitions.write_frozen(parameter, state.weights[name])
