@@ -14,7 +14,7 @@ from typing import Any
 
 from diptych.config import ConfigError, RunConfig
 
-_MEMORY_PER_WORKER_GB = 0.75
+WORKER_GB = 0.75
 """Resident memory of a training worker with torch, Ray and a small model, measured on a CPU."""
 
 
@@ -63,11 +63,11 @@ def preflight(config: RunConfig) -> None:
             "Lower workers, or join a cluster with cluster.address.",
         )
     memory_gb = psutil.virtual_memory().total / 1e9
-    if workers * _MEMORY_PER_WORKER_GB > memory_gb:
+    if workers * WORKER_GB > memory_gb:
         raise ConfigError(
             "workers",
             config.workers,
-            f"at most {int(memory_gb / _MEMORY_PER_WORKER_GB)}: {workers} × {_MEMORY_PER_WORKER_GB} GB exceed {memory_gb:.0f} GB",
+            f"at most {int(memory_gb / WORKER_GB)}: {workers} × {WORKER_GB} GB exceed {memory_gb:.0f} GB",
         )
     if config.cluster.gpus_per_worker and workers * config.cluster.gpus_per_worker > (gpus := local_gpus()):
         raise ConfigError(

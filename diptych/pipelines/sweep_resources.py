@@ -9,9 +9,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diptych.config import ConfigError, RunConfig
 from diptych.pipelines import ray_context
+from diptych.pipelines.console import note
 
 DRIVER_GB = 1.0
 """Memory that is set aside for the sweep's process and a local Ray's own."""
@@ -26,6 +28,31 @@ class Demand:
     memory_gb: float
     text: str
     """The arithmetic, for people."""
+
+
+def estimated_worker_gb(configs: Sequence[RunConfig], facts: dict[str, Any]) -> float:
+    """Memory of the host that a worker of the greediest trial needs: libraries, and what its model's size tells. Says how it comes about.
+
+    `facts` describe the data, from which a model may take its dimensions. A model that cannot be built from what is known counts as small.
+    """
+    from diptych.trainers.memory import footprint
+
+    # Most trials differ in what does not change the model.
+    kinds = {(config.task.model_dump_json(), config.optim.ema_decay > 0, config.optim.eight_bit): config for config in configs}
+    most = ray_context.WORKER_GB
+    for config in kinds.values():
+        found = footprint(config, facts)
+        if found is None:
+            continue
+        state = found.checkpoint_bytes + (0 if config.cluster.gpus_per_worker else found.state_bytes)
+        # A tenth is within what the libraries take at one time or another.
+        if ray_context.WORKER_GB + state / 1e9 > most + 0.1:
+            most = round(ray_context.WORKER_GB + state / 1e9, 2)
+            note(
+                f"{most:g} GB for each worker: {ray_context.WORKER_GB:g} for libraries and {state / 1e9:.2f} for {found.parameters / 1e6:.1f} "
+                "million parameters, with what the optimizer and a checkpoint keep of them; --worker-gb says otherwise"
+            )
+    return most
 
 
 def demand(configs: Sequence[RunConfig], worker_gb: float) -> Demand:

@@ -22,7 +22,7 @@ from diptych.pipelines.options import AsJson, DryRun
 from diptych.pipelines.prepare import Inputs, prepare
 from diptych.pipelines.sweep import Budget, Sweep
 from diptych.pipelines.sweep_record import Definition, SweepFolder, TrialRecord, ranked
-from diptych.pipelines.sweep_resources import cluster_places, demand, local_places
+from diptych.pipelines.sweep_resources import cluster_places, demand, estimated_worker_gb, local_places
 from diptych.pipelines.sweep_search import check_installed, first_trials, grid_size
 from diptych.redaction import without_credentials, without_secrets
 from diptych.tune_spaces import METHODS, Domain, Space, combined, load_space, parse_vary, spaces_of
@@ -73,8 +73,10 @@ def _aligned(space: Space, base: RunConfig, name: str) -> Definition:
     return Definition(name, space, set_path(base, key, every), metric, mode, interval)
 
 
-def run(definition: Definition, budget: Budget, *, at_once: int = 0, worker_gb: float = 0.75, resume: bool = False) -> dict[str, Any]:
+def run(definition: Definition, budget: Budget, *, at_once: int = 0, worker_gb: float = 0.0, resume: bool = False) -> dict[str, Any]:
     """Run or resume a sweep; returns `sweep_dir, run_id, status, trials, best, metric, samples, seconds, report`.
+
+    `worker_gb`: memory of a training worker; 0 = what the size of its model tells.
 
     `status` is `finished`, `stopped` (asked to, or the budget of samples or time is spent; `resume` goes on) or `failed` (no trial
     brought a value). Raises `ConfigError` for what cannot start.
@@ -84,13 +86,16 @@ def run(definition: Definition, budget: Budget, *, at_once: int = 0, worker_gb: 
     count = min(budget.trials, grid_size(definition.space)) if definition.space.method == "grid" else budget.trials
     budget = Budget(count, budget.samples, budget.seconds)
     planned = first_trials(definition.space, count, definition.base.seed)
-    places = _places(definition, planned, at_once, worker_gb)
+    # What no estimate could make fit is refused before anything is looked at.
+    places = _places(definition, planned, at_once, worker_gb or ray_context.WORKER_GB)
     base = definition.base
     if base.tracking.enabled:
         tracking.tracking_uri(base.tracking.uri)
     former = _claim(folder)
     inputs = Inputs(folder.path / "inputs")
     facts = prepare(base, folder.path / "inputs" / "base", inputs).facts
+    if not worker_gb and (found := estimated_worker_gb(_configs(definition, planned), facts)) > ray_context.WORKER_GB:
+        places = _places(definition, planned, at_once, found)
     if not folder.begun:
         folder.begin(definition)
     for parameters in planned[len(folder.trials) :] if definition.space.method != "pbt" or not folder.trials else []:
@@ -121,7 +126,7 @@ def _open(folder: SweepFolder, definition: Definition, resume: bool) -> Definiti
 
 def _places(definition: Definition, planned: list[dict[str, Any]], at_once: int, worker_gb: float) -> int:
     """Trials at once, or a refusal; nothing is started for a local Ray."""
-    configs = [definition.config_of(parameters) for parameters in planned] or [definition.base]
+    configs = _configs(definition, planned)
     for config in configs:
         ray_context.preflight(config)
     need = demand(configs, worker_gb)
@@ -131,6 +136,11 @@ def _places(definition: Definition, planned: list[dict[str, Any]], at_once: int,
         return places
     with ray_context.ray_session(need.cpus, definition.base.cluster.address):
         return cluster_places(need, at_once)
+
+
+def _configs(definition: Definition, planned: list[dict[str, Any]]) -> list[RunConfig]:
+    """Of the trials that are known beforehand."""
+    return [definition.config_of(parameters) for parameters in planned] or [definition.base]
 
 
 def _claim(folder: SweepFolder) -> dict[str, Any]:
@@ -219,7 +229,7 @@ def command(
     samples: Annotated[int, typer.Option(min=0, help="samples trained on, over all trials; 0 = no bound")] = 0,
     minutes: Annotated[float, typer.Option(min=0, help="time for the sweep; 0 = no bound")] = 0.0,
     at_once: Annotated[int, typer.Option(min=0, help="trials side by side; 0 = as many as fit")] = 0,
-    worker_gb: Annotated[float, typer.Option(min=0.05, help="memory of a training worker, in GB")] = 0.75,
+    worker_gb: Annotated[float, typer.Option(min=0, help="memory of a training worker, in GB; 0 = by the size of its model")] = 0.0,
     metric: Annotated[str, typer.Option(help="figure to compare by; default: the space's, or train.monitor")] = "",
     mode: Annotated[str, typer.Option(help="min or max")] = "",
     interval: Annotated[int, typer.Option(min=0, help="steps to ASHA's first rung, or of a PBT generation")] = 0,
