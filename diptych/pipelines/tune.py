@@ -265,7 +265,7 @@ def _list_spaces(task: str) -> None:
 
 def _dry_run(definition: Definition, budget: Budget, at_once: int, worker_gb: float) -> dict[str, Any]:
     planned = first_trials(definition.space, budget.trials, definition.base.seed)
-    places = _places(definition, planned, at_once, worker_gb)
+    places = _places(definition, planned, at_once, worker_gb or estimated_worker_gb(_configs(definition, planned), {}))
     searched: dict[str, Domain] = definition.space.parameters
     return {"trials": planned, "at_once": places, "space": {key: str(domain) for key, domain in searched.items()}}
 
