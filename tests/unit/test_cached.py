@@ -43,7 +43,7 @@ MEANS, LOGVARS = values(1, SAMPLES, CROPS * 2, *SHAPE), values(2, SAMPLES, CROPS
 STATES = values(3, SAMPLES, 1, 5, 6)
 
 
-def write(folder: Path, manifest: Manifest, arrays: dict[str, np.ndarray], about: dict, without: int | None = None) -> str:
+def write(folder: Path | str, manifest: Manifest, arrays: dict[str, np.ndarray], about: dict, without: int | None = None) -> str:
     """A cache of two partitions in scrambled order."""
     embed_layout.claim(str(folder), {"data_digest": manifest.digest, **about}, cached.PROVENANCE)
     keys = np.array(manifest.column("key").to_pylist())
@@ -203,6 +203,17 @@ def test_a_saved_join_opens_alike(manifest: Manifest, caches: list[str], tmp_pat
     rows, variants = np.array([1, 5]), np.array([3, 0])
     np.testing.assert_array_equal(loaded.read(rows, variants).arrays["latent_mean"], MEANS[rows, variants])
     assert (loaded.crops, loaded.flips) == (CROPS, True)
+
+
+def test_a_cache_in_a_remote_store_is_read_alike(manifest: Manifest) -> None:
+    arrays = {"latent_mean": MEANS[:, :2], "latent_logvar": LOGVARS[:, :2]}
+    url = write("memory://caches/latents", manifest, arrays, {"kind": "latents", "crops": 1, "flips": True})
+    (join,) = join_caches(manifest, [url], CachedNeed(("latent_mean", "latent_logvar"), flip=0.5))
+    rows, variants = np.array([3, 19, 0]), np.array([1, 0, 1])
+    found = join.read(rows, variants)
+    assert not found.faults
+    np.testing.assert_array_equal(found.arrays["latent_mean"], MEANS[rows, variants])
+    np.testing.assert_array_equal(found.arrays["latent_logvar"], LOGVARS[rows, variants])
 
 
 def test_pictures_and_cached_members_stand_in_one_batch() -> None:

@@ -18,6 +18,8 @@ from support_runs import make_shards, overrides
 from diptych.config import ConfigError, RunConfig, apply_overrides, load_config_file, load_recipe, set_path
 from diptych.pipelines import sweep_report
 from diptych.pipelines.local import train_here
+from diptych.pipelines.prepare import Inputs
+from diptych.pipelines.sweep import Budget, Sweep
 from diptych.pipelines.sweep_population import next_generation
 from diptych.pipelines.sweep_record import Definition, SweepFolder, best_of, ranked
 from diptych.pipelines.trial import SweepStops, Trial, write_verdict
@@ -211,6 +213,25 @@ def test_a_sweep_ends_with_table_page_grid_and_a_configuration(swept: tuple[Defi
     with Image.open(folder.path / "grid.jpg") as grid:
         assert grid.width > 2 * 288
         assert grid.height > 2 * 60
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [(Budget(4, seconds=60), "budget of 60 seconds spent"), (Budget(4, samples=70), "budget of 70 samples spent")],
+)
+def test_a_sweep_whose_budget_is_spent_starts_no_trial(swept: tuple[Definition, SweepFolder], budget: Budget, reason: str) -> None:
+    """An earlier driver ran for a minute and for 12 steps of 8 samples; a larger budget would go on."""
+    definition, folder = swept
+    for trial in folder.trials:
+        trial.samples = 8 * trial.step
+    folder.trials[3].status, folder.seconds = "waiting", 61.0
+    folder.save()
+    reopened = SweepFolder(folder.path)
+    reopened.read()
+    sweep = Sweep(definition, reopened, Inputs(folder.path / "inputs"), budget, 2, lambda _: None, None, "")
+    sweep.run()
+    assert sweep.reason == reason
+    assert [trial.status for trial in reopened.trials] == ["failed", "finished", "finished", "waiting"]
 
 
 def test_best_is_the_first_of_equals_and_torn_reports_are_passed_over(tmp_path: Path) -> None:
