@@ -97,7 +97,7 @@ def explain(error: BaseException) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    for attribute in ("health_check_failure", "cause", "__cause__"):
+    for attribute in ("health_check_failure", "controller_failure", "cause", "__cause__"):
         cause = getattr(error, attribute, None)
         # A hung collective explains itself better than the time-out below it.
         if isinstance(cause, BaseException) and type(error).__name__ != "HungCollective":

@@ -48,7 +48,7 @@ _NEVER_SENT = (
     ".ssh",
 )
 """Left out of every package, whatever the folder's own ignore files say: what is large, and what may hold secrets."""
-_AGENT_SECONDS = 60
+_AGENT_SECONDS = 180
 """How long a cluster that has just started may have no agent for jobs yet."""
 _STOP_SECONDS = 120
 """How long a stopped job may take to write its checkpoint before Ray kills it; Ray's own default is 3 s."""

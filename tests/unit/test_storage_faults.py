@@ -164,12 +164,16 @@ def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before(tmp_path: Pat
 
 def test_failures_are_told_with_their_remedy() -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
     full = OSError(28, "No space left on device", "/runs/a/metrics")
     assert explain(full).startswith("The disk is full. Free space there, lower checkpoint.keep")
     memory = explain(OutOfMemoryError("Task was killed due to the node running low on memory."))
     assert memory.startswith("out of memory: Lower train.global_batch_size")
     assert "the system does when memory runs out" in explain(ActorDiedError())
+    start = ControllerError(WorkerGroupStartupFailedError("its node is lost"))
+    assert explain(start) == "WorkerGroupStartupFailedError: its node is lost", "without Ray's words around it"
     peers = {0: RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), 1: ActorDiedError()}
     assert reason(peers).startswith("rank 1: the process was killed"), "who only saw it vanish has nothing to add"
     assert reason({2: full, 0: full}).startswith("rank 0, 2: The disk is full")
