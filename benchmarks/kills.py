@@ -149,6 +149,20 @@ def undisturbed(run: Run, steps: int) -> list[tuple[int, int, str, str]]:
     return trace_of(run.folder / "alone")
 
 
+def disturb(run: Run, kills: int, rng: random.Random) -> dict[str, int]:
+    """Kill so many times, a line for each; how often what was killed when."""
+    counts: dict[str, int] = {}
+    begin = time.monotonic()
+    for number in range(1, kills + 1):
+        what, moment = rng.choice(("worker", "node", "driver")), rng.choice(MOMENTS)
+        run.await_moment(moment, rng)
+        step = logged_step(run.run_dir) if run.run_dir.is_dir() else 0
+        hit = run.kill(what, rng)
+        counts[f"{hit} ({moment})"] = counts.get(f"{hit} ({moment})", 0) + 1
+        print(f"{time.monotonic() - begin:6.0f} s  kill {number:2d}: {hit:6} {moment:8} at logged step {step}", flush=True)
+    return counts
+
+
 def main() -> None:
     """Kill, then check."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -162,7 +176,6 @@ def main() -> None:
     results = Results(__file__, options.results)
     folder = options.out.resolve() / str(time.time_ns())
     folder.mkdir(parents=True)
-    rng = random.Random(options.seed)
     begin = time.monotonic()
     # Nodes hand their environment on to the workers, which must find this checkout and no other.
     os.environ.update(ray_variables() | {"PYTHONPATH": str(REPOSITORY)})
@@ -170,15 +183,11 @@ def main() -> None:
         for _ in range(3):
             nodes.add()
         run = Run(folder, nodes, options.steps, options.workers)
-        counts: dict[str, int] = {}
-        for number in range(1, options.kills + 1):
-            what, moment = rng.choice(("worker", "node", "driver")), rng.choice(MOMENTS)
-            run.await_moment(moment, rng)
-            step = logged_step(run.run_dir) if run.run_dir.is_dir() else 0
-            hit = run.kill(what, rng)
-            counts[f"{hit} ({moment})"] = counts.get(f"{hit} ({moment})", 0) + 1
-            print(f"{time.monotonic() - begin:6.0f} s  kill {number:2d}: {hit:6} {moment:8} at logged step {step}", flush=True)
-        result = run.finish()
+        try:
+            counts = disturb(run, options.kills, random.Random(options.seed))
+            result = run.finish()
+        finally:
+            run.driver.kill()
         attempts = run.attempts()
     checks = check(run, result, options.steps)
     for name, held in checks.items():

@@ -131,6 +131,8 @@ def test_a_killed_driver_or_ray(shards: Path, references: dict[int, Path], tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_run_that_goes_on(shards: Path, references: dict[int, Path], tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, which reaches every process of the terminal, and SIGTERM, which reaches the driver."""
+    from mlflow import MlflowClient
+
     reference = references[2]
     arguments = overrides(shards, "stopped", workers=2, checkpoint__every_steps=0)
     run_dir = tmp_path / "runs" / "stopped"
@@ -140,10 +142,12 @@ def test_a_signal_leaves_a_run_that_goes_on(shards: Path, references: dict[int, 
     stopped = finish_driver(first)
     assert stopped["status"] == "stopped"
     assert [path.name for path in run_dir.glob("checkpoints/step_*")] == [f"step_{stopped['step']:08d}-a0001"]
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert MlflowClient(store).get_run(str(stopped["run_id"])).info.status == "KILLED"
     second = finish_driver(start_driver(arguments, tmp_path))
     assert second["run_id"] == stopped["run_id"]
     assert_same_run(run_dir, reference)
-    assert_one_finished_mlflow_run(f"sqlite:///{tmp_path / 'mlflow.db'}", str(second["run_id"]), int(str(stopped["step"])))
+    assert_one_finished_mlflow_run(store, str(second["run_id"]), int(str(stopped["step"])))
 
 
 @pytest.mark.slow
