@@ -27,8 +27,8 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Both optimizers behind one: its `param_groups` are theirs, and its `step` steps both. Their states are their own."""
 
-    def __init__(self, groups: list[dict[str, Any]], matrices: set[nn.Parameter], config: OptimConfig, **adamw: Any) -> None:
-        """`groups`: the task's; `matrices`: which of their parameters are Muon's; `adamw`: options of AdamW.
+    def __init__(self, groups: list[dict[str, Any]], matrices: set[nn.Parameter], config: OptimConfig, fused: bool | None) -> None:
+        """`groups`: the task's; `matrices`: which of their parameters are Muon's; `fused`: as AdamW's.
 
         Raises `ConfigError` on `optim.name` where no matrix is among them, or where torch has no Muon.
         """
@@ -41,7 +41,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not theirs:
             raise ConfigError("optim.name", "muon", "adamw for this task", "It trains no matrix inside of blocks.")
         self.muon = torch.optim.Muon(theirs, lr=config.lr, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, **adamw) if others else None
+        self.adamw = torch.optim.AdamW(others, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused) if others else None
         self.matrices = {one for group in theirs for one in group["params"]}
         self._both = [one for one in (self.muon, self.adamw) if one is not None]
         super().__init__(groups, {"lr": config.lr})
