@@ -47,6 +47,10 @@ class NpyFile:
         data = ranged.read_range(self.url, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
         return np.frombuffer(data, self.dtype).reshape(stop - start, self.dim)
 
+    def read_into(self, start: int, rows: np.ndarray) -> None:
+        """As many rows as `rows` has, from `start`: contiguous, dtype [n, dim]. Raises `ReadError`."""
+        ranged.read_into(self.url, self.offset + start * self.row_bytes, rows.view(np.uint8).reshape(-1).data)
+
 
 def open_npy(url: str, sides: int = 1) -> NpyFile:
     """Read the header of an array of float [rows, dim], or of rows with more `sides`.

@@ -81,6 +81,14 @@ def read_range(url: str, offset: int, size: int, retries: int = READ_RETRIES) ->
     return with_retries(lambda: read(url, offset, size), url, offset, size, retries)
 
 
+def read_into(url: str, offset: int, buffer: memoryview, retries: int = READ_RETRIES) -> None:
+    """`read_range` of as many bytes as `buffer` has, into it. For those who read often: fresh memory costs as much as the read."""
+    if is_local(url):
+        with_retries(lambda: _pread_into(url, offset, buffer), url, offset, len(buffer), retries)
+    else:
+        buffer[:] = read_range(url, offset, len(buffer), retries)
+
+
 def read_ranges(
     url: str, ranges: Sequence[tuple[int, int]], gap: int | None = None, retries: int = READ_RETRIES, most_bytes: int = 1 << 26
 ) -> list[bytes]:
@@ -197,9 +205,23 @@ def _pread(url: str, offset: int, size: int) -> bytes:
     while len(data) < size:
         more = os.pread(file.descriptor, size - len(data), offset + len(data))
         if not more:
-            raise PermanentReadError(url, offset, size, f"the file ends at {os.fstat(file.descriptor).st_size}")
+            raise _behind_end(url, offset, size, file)
         data += more
     return data
+
+
+def _pread_into(url: str, offset: int, buffer: memoryview) -> None:
+    file = _files.get(local_path(url))
+    done = 0
+    while done < len(buffer):
+        more = os.preadv(file.descriptor, [buffer[done:]], offset + done)
+        if not more:
+            raise _behind_end(url, offset, len(buffer), file)
+        done += more
+
+
+def _behind_end(url: str, offset: int, size: int, file: _File) -> PermanentReadError:
+    return PermanentReadError(url, offset, size, f"the file ends at {os.fstat(file.descriptor).st_size}")
 
 
 def _ranged_get(url: str, offset: int, size: int) -> bytes:

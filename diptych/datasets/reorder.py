@@ -8,8 +8,10 @@ Rows without an embedding are zeros, which DALLE2-pytorch's loader takes as "non
 from __future__ import annotations
 
 import itertools
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +21,14 @@ import pyarrow.parquet as pq
 
 from diptych.datasets import folders, ranged, storage
 from diptych.datasets.npy import NpyFile, NpyWriter, open_npy
-from diptych.datasets.reorder_index import ROW_BITS, PlaceIndex, ShardRows
+from diptych.datasets.reorder_index import NOWHERE, ROW_BITS, PlaceIndex, ShardRows
 
 MODALITIES = ("img_emb", "text_emb")
 WINDOW_BYTES = 16 << 20
 """Bytes of output that are gathered at once, and that one ranged read may take, per thread."""
+
+_PARQUET_BUFFER_BYTES = 1 << 20
+"""Metadata is read by pieces of it, not by whole columns of a row group, which may have millions of rows."""
 
 SHARD_DIGITS = 5
 """Least digits of the shard in a file's name; more if there are more shards."""
@@ -108,7 +113,7 @@ def build_index(source: Source, shards: Sequence[ShardRows], width: int, folder:
     """Sort the keys of all partitions into `folder`; `unplaced` of the result says what has no place."""
     index = PlaceIndex(folder, shards, width)
     for number, part in enumerate(source.partitions):
-        with folders.open_input(part.metadata) as stream:
+        with _system_memory(), folders.open_input(part.metadata) as stream:
             metadata = _open_metadata(part.metadata, stream)
             expected = next(iter(part.embeddings.values())).rows
             sizes = {kind: array.rows for kind, array in part.embeddings.items()} | {"metadata": metadata.metadata.num_rows}
@@ -124,9 +129,20 @@ def build_index(source: Source, shards: Sequence[ShardRows], width: int, folder:
     return index
 
 
+@contextmanager
+def _system_memory() -> Iterator[None]:
+    """Arrow's own allocator keeps what one thread allocates and another frees: 30 MB more after a million keys."""
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
+
+
 def _open_metadata(url: str, stream: object) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(stream, pre_buffer=False)
+        return pq.ParquetFile(stream, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
     except pa.ArrowException as error:
         raise ValueError(f"{url} cannot be read as Parquet ({error}); embed that partition again") from None
 
@@ -141,23 +157,49 @@ def write_shards(source: Source, index: PlaceIndex, out: str, may_reuse: bool = 
     for kind in source.shapes:
         folders.make_folder(storage.join(out, kind))
 
-    def one(shard: ShardRows, records: np.ndarray) -> ShardResult:
-        taken = np.zeros(shard.rows, bool)
-        taken[records["place"] % 10**index.width] = True
-        result = ShardResult(shard.name, shard.rows, len(records), np.flatnonzero(~taken))
-        if len(records) == 0:
+    buffers: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
+    for _ in range(jobs):
+        buffers.put(_Buffers(source))
+
+    def one(shard: ShardRows, sources: np.ndarray) -> ShardResult:
+        taken = sources != NOWHERE
+        result = ShardResult(shard.name, shard.rows, int(np.count_nonzero(taken)), np.flatnonzero(~taken))
+        if result.filled == 0:
             return result
         paths = {kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes}
         result.reused = may_reuse and all(_is_whole(path, shard.rows) for path in paths.values())
+        own = buffers.get()
         for kind, path in paths.items():
             arrays = [part.embeddings[kind] for part in source.partitions]
-            bad = _scan_zeros(path, taken) if result.reused else _write_shard(arrays, records, shard.rows, index.width, path)
+            bad = _scan_zeros(path, taken) if result.reused else _write_shard(arrays, sources, own, path)
             if len(bad):
                 result.bad[kind] = bad
+        buffers.put(own)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from _in_order(pool, one, index.by_shard(), 2 * jobs)
+
+
+class _Buffers:
+    """Memory of one thread that gathers: the pages of fresh memory would cost as much as what is copied into them."""
+
+    def __init__(self, source: Source) -> None:
+        size = max(WINDOW_BYTES, *(dim * dtype.itemsize for dim, dtype in source.shapes.values()))
+        self._read, self._block = np.empty(size, np.uint8), np.empty(size, np.uint8)
+
+    def read(self, array: NpyFile, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of `array`, until the next call."""
+        rows = self._rows(self._read, array, stop - start)
+        array.read_into(start, rows)
+        return rows
+
+    def block(self, array: NpyFile, rows: int) -> np.ndarray:
+        """Room for rows like those of `array`, until the next call; holds anything."""
+        return self._rows(self._block, array, rows)
+
+    def _rows(self, memory: np.ndarray, array: NpyFile, rows: int) -> np.ndarray:
+        return memory[: rows * array.row_bytes].view(array.dtype).reshape(rows, array.dim)
 
 
 def _in_order(
@@ -175,59 +217,58 @@ def _in_order(
         yield future.result()
 
 
-def _write_shard(arrays: Sequence[NpyFile], records: np.ndarray, rows: int, width: int, path: str) -> np.ndarray:
+def _write_shard(arrays: Sequence[NpyFile], sources: np.ndarray, buffers: _Buffers, path: str) -> np.ndarray:
     """Gather one shard's rows and write its file; returns the indices whose embedding is unusable."""
-    dim, dtype = arrays[0].dim, arrays[0].dtype
-    window = max(1, WINDOW_BYTES // arrays[0].row_bytes)
-    index = records["place"] % 10**width
+    array, rows = arrays[0], len(sources)
+    window = max(1, WINDOW_BYTES // array.row_bytes)
     unusable = []
-    with NpyWriter(path, dtype, rows, dim) as writer:
+    with NpyWriter(path, array.dtype, rows, array.dim) as writer:
         for start in range(0, rows, window):
-            part = slice(*np.searchsorted(index, (start, start + window)))
-            block = _gather(arrays, records["source"][part], index[part] - start, min(window, rows - start))
-            bad = index[part][~_usable(block)[index[part] - start]]
-            block[bad - start] = 0
-            unusable.append(bad)
+            part = sources[start : start + window]
+            block = _gather(arrays, part, buffers)
+            bad = np.flatnonzero(~_usable(block) & (part != NOWHERE))
+            block[bad] = 0
+            unusable.append(bad + start)
             writer.write(block)
     return np.concatenate(unusable) if unusable else np.empty(0, np.int64)
 
 
-def _gather(arrays: Sequence[NpyFile], source: np.ndarray, index: np.ndarray, rows: int) -> np.ndarray:
-    """A block of `rows` rows with the sources' rows at `index`, and zeros elsewhere."""
-    order = np.argsort(source)
-    source, index = source[order], index[order]
-    gap, most = max(1, ranged.LOCAL_GAP // arrays[0].row_bytes), max(1, WINDOW_BYTES // arrays[0].row_bytes)
-    # Partitions differ by 2^40, so they never share a run.
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(source) > gap) + 1, [len(source)]))
-    if len(source) and len(starts) == 2 and source[-1] - source[0] < most:  # the usual case: all of it in one read, copied once
-        file, first = divmod(int(source[0]), 1 << ROW_BITS)
-        found = arrays[file].read(first, first + int(source[-1] - source[0]) + 1)
-        where = np.full(rows, -1)
-        where[index] = source - source[0]
-        block = np.take(found, where, axis=0, mode="wrap")
-        block[where < 0] = 0
+def _gather(arrays: Sequence[NpyFile], sources: np.ndarray, buffers: _Buffers) -> np.ndarray:
+    """The rows at `sources`, and zeros where there is none."""
+    block = buffers.block(arrays[0], len(sources))
+    most = max(1, WINDOW_BYTES // arrays[0].row_bytes)
+    # As unsigned integers, gaps are the largest numbers.
+    first, last = int(sources.view(np.uint64).min()), int(sources.max())
+    if first <= last < first + most:  # the usual case: all of it in one read. Partitions differ by 2^40, so it is of one.
+        file, start = divmod(first, 1 << ROW_BITS)
+        np.take(buffers.read(arrays[file], start, start + last - first + 1), sources - first, axis=0, out=block, mode="clip")
+        block[sources == NOWHERE] = 0
         return block
-    block = np.zeros((rows, arrays[0].dim), arrays[0].dtype)
+    block[:] = 0
+    index = np.flatnonzero(sources != NOWHERE)
+    index = index[np.argsort(sources[index])]
+    source = sources[index]
+    gap = max(1, ranged.LOCAL_GAP // arrays[0].row_bytes)
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(source) > gap) + 1, [len(source)]))
     for start, stop in itertools.pairwise(starts.tolist()):
         while start < stop:
             end = start + int(np.searchsorted(source[start:stop], source[start] + most))
             file, first = divmod(int(source[start]), 1 << ROW_BITS)
             wanted = source[start:end] - source[start]
-            found = arrays[file].read(first, first + int(wanted[-1]) + 1)
-            block[index[start:end]] = np.take(found, wanted, axis=0)
+            block[index[start:end]] = buffers.read(arrays[file], first, first + int(wanted[-1]) + 1)[wanted]
             start = end
     return block
 
 
 def _usable(rows: np.ndarray) -> np.ndarray:
     """Which rows are finite and not all zero, bool [n]. On the bits, because float16 arithmetic is slow on CPUs."""
-    usable = rows[:, 0] != 0
-    suspects = np.flatnonzero(~usable)
+    signed, unsigned = rows.view(rows.dtype.str.replace("f", "i")), rows.view(rows.dtype.str.replace("f", "u"))
+    usable = signed[:, 0] != 0
+    suspects = np.flatnonzero(~usable | (signed[:, 0] == np.iinfo(signed.dtype).min))  # that number is the float -0.0
     usable[suspects] = rows[suspects].any(axis=1)
     info = np.finfo(rows.dtype)
     infinity = ((1 << info.iexp) - 1) << info.nmant
     # Read as integers, infinities and NaN are the largest numbers: positive ones if signed, negative ones if unsigned.
-    signed, unsigned = rows.view(rows.dtype.str.replace("f", "i")), rows.view(rows.dtype.str.replace("f", "u"))
     if signed.max(initial=0) >= infinity or unsigned.max(initial=0) >= infinity + (1 << (8 * rows.dtype.itemsize - 1)):
         usable &= np.isfinite(rows).all(axis=1)
     return usable

@@ -143,7 +143,7 @@ def reorder_embeddings(
         for result in reorder.write_shards(source, index, out, may_reuse, jobs):
             _account(report, gaps, index, result, samples(result.name))
             advance(result.filled)
-    storage.write_bytes(storage.join(out, "gaps.parquet"), gaps.to_bytes())
+    storage.write_bytes(storage.join(out, "gaps.parquet"), gaps.to_bytes(), durable=False)
     facts = {name: getattr(report, name) for name in ("samples_in", "samples_out", "rows", "gaps", "index_width", "shards", "modalities")}
     _write_record(out, {"status": "done", "fingerprint": fingerprint, **facts, "faults": report.faults_total})
     return report
@@ -156,27 +156,24 @@ def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder
             detail = f"none of its {len(present)} samples has an embedding; no file was written"
             report.add(Fault(f"{result.name}.tar", "", "missing_embeddings", detail))
         return
-    bad = np.zeros(result.rows, bool)
-    for where in result.bad.values():
-        bad[where] = True
-    report.samples_out += result.filled - int(bad.sum())
+    known = np.zeros(result.rows, bool)
+    known[present] = True
+    lost, dead = result.gaps[known[result.gaps]], result.gaps[~known[result.gaps]]
+    known[result.gaps] = True
+    extra = np.flatnonzero(~known)
+    bad = np.unique(np.concatenate([*result.bad.values(), np.empty(0, np.int64)]))
+    report.samples_out += result.filled - len(bad)
     report.rows += result.rows
     report.shards += 1
     report.reused += result.reused
-    gap = np.zeros(result.rows, bool)
-    gap[result.gaps] = True
-    known = np.zeros(result.rows, bool)
-    known[present] = True
-    lost, extra = gap & known, ~gap & ~known
-    report.gaps += int((gap & ~lost).sum())
-    for reason, where, detail in (
-        ("no_sample", gap & ~lost, ""),
+    report.gaps += len(dead)
+    for reason, rows, detail in (
+        ("no_sample", dead, ""),
         ("missing_embedding", lost, "the sample is in the tar, but not among the embeddings; its row is zeros"),
         ("bad_embedding", bad, f"zeros, NaN or infinity in {' and '.join(result.bad)}; its row is zeros"),
         ("unknown_sample", extra, "an embedding whose sample is not in the tar; it was written all the same"),
     ):
-        rows = np.flatnonzero(where).tolist()
-        keys = [f"{result.name}{number:0{index.width}d}" for number in rows]
+        keys = [f"{result.name}{number:0{index.width}d}" for number in rows.tolist()]
         if reason != "unknown_sample":
             gaps.add(result.name, keys, rows, reason)
         for key in keys if detail else ():
@@ -189,23 +186,32 @@ class _GapTable:
     def __init__(self) -> None:
         self._stream = io.BytesIO()
         self._writer = pq.ParquetWriter(self._stream, GAP_SCHEMA, compression="zstd")
-        self._pending: list[tuple[str, str, int, str]] = []
+        self._pending: list[pa.RecordBatch] = []
 
-    def add(self, shard: str, keys: list[str], rows: list[int], reason: str) -> None:
-        self._pending += [(shard, key, row, reason) for key, row in zip(keys, rows, strict=True)]
-        if len(self._pending) >= _GAPS_AT_ONCE:
+    def add(self, shard: str, keys: list[str], rows: np.ndarray, reason: str) -> None:
+        if not keys:
+            return
+        index = pa.Array.from_buffers(pa.int32(), len(keys), [None, pa.py_buffer(rows.astype(np.int32))])
+        columns = [_texts([shard] * len(keys)), _texts(keys), index, _texts([reason] * len(keys))]
+        self._pending.append(pa.RecordBatch.from_arrays(columns, schema=GAP_SCHEMA))
+        if sum(map(len, self._pending)) >= _GAPS_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
         if self._pending:
-            columns = [list(column) for column in zip(*self._pending, strict=True)]
-            self._writer.write_table(pa.table(columns, schema=GAP_SCHEMA))
+            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
             self._pending.clear()
 
     def to_bytes(self) -> bytes:
         self._flush()
         self._writer.close()
         return self._stream.getvalue()
+
+
+def _texts(values: list[str]) -> pa.StringArray:
+    """ASCII texts of one length. From bytes: `pa.array` of a list imports pandas, which takes longer than to reorder 100,000 rows."""
+    ends = np.arange(len(values) + 1, dtype=np.int32) * len(values[0])
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer("".join(values).encode()))
 
 
 def _fingerprint(source: reorder.Source, shards: Sequence[ShardRows]) -> str:
@@ -230,7 +236,7 @@ def stands_in(
     if not _files(out):
         return "nothing"
     record = storage.join(out, "reorder.json")
-    if storage.exists(record) and json.loads(storage.read_bytes(record)).get("fingerprint") == _fingerprint(source, shards):
+    if _read_record(record).get("fingerprint") == _fingerprint(source, shards):
         return "this very result"
     if not overwrite:
         raise ConfigError("OUT", out, "an empty folder, or one that holds this very result", "Name another folder, or add --overwrite.")
@@ -241,5 +247,14 @@ def _files(out: str) -> list[str]:
     return [url for kind in reorder.MODALITIES for url in folders.list_files(storage.join(out, kind), ".npy")]
 
 
+def _read_record(url: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(url)) if storage.exists(url) else {}
+    except ValueError:  # a power failure may leave it empty
+        return {}
+    return found
+
+
 def _write_record(out: str, record: dict[str, Any]) -> None:
-    storage.write_bytes(storage.join(out, "reorder.json"), json.dumps(record, indent=2).encode())
+    # Repeating the call mends what a power failure takes, so nothing waits for a disk that may be busy with other files.
+    storage.write_bytes(storage.join(out, "reorder.json"), json.dumps(record, indent=2).encode(), durable=False)

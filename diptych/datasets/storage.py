@@ -139,8 +139,11 @@ def read_bytes(url: str, retries: int = READ_RETRIES) -> bytes:
     return with_retries(once, url, 0, -1, retries)
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """Write the whole file at once: a reader sees the old content or the new one, never a part."""
+def write_bytes(url: str, data: bytes, durable: bool = True) -> None:
+    """Write the whole file at once: a reader sees the old content or the new one, never a part.
+
+    What is not `durable` may be lost, or left empty, by a power failure; it is written without waiting for the disk.
+    """
     if not is_local(url):
         fs, path = file_system(url)
         fs.pipe_file(path, data)
@@ -151,7 +154,10 @@ def write_bytes(url: str, data: bytes) -> None:
     try:
         with open(temporary, "xb") as file:
             file.write(data)
-        replace_file(temporary, path)
+        if durable:
+            replace_file(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

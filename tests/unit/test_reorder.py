@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from diptych.config import ConfigError
 from diptych.datasets import embeddings as joins
-from diptych.datasets import reorder
+from diptych.datasets import reorder, reorder_index
 from diptych.datasets.manifest import open_manifest
 from diptych.datasets.npy import open_npy
 from diptych.datasets.reorder_index import ShardRows, index_width, parse_places
@@ -214,6 +214,36 @@ def test_a_killed_call_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.npy")} == files
     assert kept.stat().st_mtime_ns == stamp
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"img_emb", "text_emb", "gaps.parquet", "reorder.json"}
+
+
+def test_a_record_that_a_power_failure_emptied_is_no_record(tmp_path: Path) -> None:
+    keys = write_shards(tmp_path / "shards", {0: [0, 1, 2]}, 10)
+    write_partitions(tmp_path / "emb", [keys])
+    call = (str(tmp_path / "emb"), str(tmp_path / "shards"), str(tmp_path / "out"))
+    run(*call)
+    (tmp_path / "out" / "reorder.json").write_bytes(b"")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run(*call)
+    assert run(*call, overwrite=True)["samples_out"] == 3
+
+
+def test_many_keys_in_any_order_spill_to_several_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reorder_index, "BUCKET_ROWS", 25)
+    monkeypatch.setattr(reorder_index, "KEYS_PER_BATCH", 7)
+    monkeypatch.setattr(reorder_index, "SPILL_ROWS", 20)
+    keys = [f"{shard:05d}{index:02d}" for shard in (0, 1, 2, 4, 9) for index in range(0, 20, 3)]
+    scrambled = [keys[position] for position in np.random.default_rng(1).permutation(len(keys))]
+    write_partitions(tmp_path / "emb", [scrambled[:30], scrambled[30:]])
+    rows = [ShardRows(f"{shard:05d}", 20) for shard in (0, 1, 2, 4, 9)]
+    call = (str(tmp_path / "emb"), str(tmp_path / "out"), rows, 2, lambda _: np.arange(0, 20, 3))
+    report = reorder_embeddings(*call)
+    assert (report.samples_out, report.gaps, report.faults_total) == (35, 65, 0)
+    for shard in rows:
+        found = np.load(tmp_path / "out" / "img_emb" / f"img_emb_{shard.name}.npy")
+        np.testing.assert_array_equal(found[::3], np.stack([vector(f"{shard.name}{index:02d}") for index in range(0, 20, 3)]))
+    write_partitions(tmp_path / "twice", [scrambled[:30], [*scrambled[30:], "0000403"]])
+    with pytest.raises(ValueError, match="1 keys stand more than once, such as '0000403'"):
+        reorder_embeddings(str(tmp_path / "twice"), *call[1:], overwrite=True)
 
 
 def test_another_result_is_not_mixed_in(tmp_path: Path) -> None:

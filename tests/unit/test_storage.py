@@ -120,6 +120,18 @@ def test_errors_are_healed_under_many_threads(web):
     assert parts == [CONTENT[offset : offset + 500] for offset in offsets]
 
 
+def test_reads_into_memory_of_the_callers_give_the_same_bytes(web, tmp_path):
+    url, plan, _, _ = web
+    plan[500] = "503"
+    (tmp_path / "local.tar").write_bytes(CONTENT)
+    for place in (str(tmp_path / "local.tar"), f"{url}/00000.tar"):
+        buffer = memoryview(bytearray(3_000))
+        ranged.read_into(place, 500, buffer)
+        assert bytes(buffer) == CONTENT[500:3_500]
+        with pytest.raises(ranged.PermanentReadError, match="the file ends at 1048576"):
+            ranged.read_into(place, len(CONTENT) - 10, buffer)
+
+
 def test_spent_retries_name_the_place(web):
     url, plan, _, _ = web
     plan[7] = "503"
