@@ -131,7 +131,7 @@ def build_index(source: Source, shards: Sequence[ShardRows], width: int, folder:
 
 @contextmanager
 def _system_memory() -> Iterator[None]:
-    """Arrow's own allocator keeps what one thread allocates and another frees: 30 MB more after a million keys."""
+    """Arrow's own allocator keeps what one thread allocates and another frees: 15 MB more after a million keys."""
     usual = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
     try:
