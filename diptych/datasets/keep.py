@@ -24,18 +24,22 @@ import pyarrow.parquet as pq
 
 from diptych.config import ConfigError
 from diptych.datasets import storage
+from diptych.datasets.bitmap import Bitmap
 from diptych.datasets.manifest import Manifest
 
 KEEP_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string())])
-CHUNK_ROWS = 1 << 20
+CHUNK_ROWS = 1 << 17
+"""Rows that are split together."""
+ARRAY_BYTES = 1 << 27
+"""An array of row numbers up to this size is kept as one: a row is found in it faster than in a bitmap, which takes a microsecond."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """Sorted rows of a manifest. Once saved it is pickled as a path, so that workers map the file instead of copying rows."""
 
-    rows: np.ndarray | None
-    """int64 [K], sorted, each once; None = every row, which costs no memory."""
+    rows: np.ndarray | Bitmap | None
+    """int64 [K], sorted, each once, or for very many a bitmap; None = every row, which costs no memory."""
     samples: int
     """K."""
     digest: str
@@ -47,6 +51,12 @@ class Selection:
         """int64: the manifest rows at positions `index` of the selection."""
         return np.asarray(index, np.int64) if self.rows is None else self.rows[index]
 
+    def before(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [R]: how many selected rows are smaller than each of the manifest rows `rows` (int64 [R])."""
+        if self.rows is None:
+            return rows
+        return self.rows.before(rows) if isinstance(self.rows, Bitmap) else np.searchsorted(self.rows, rows)
+
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path:
             return (Selection.load, (self.path, self.samples, self.digest))
@@ -57,17 +67,18 @@ class Selection:
         if self.rows is None:
             return self
         buffer = io.BytesIO()
-        np.save(buffer, self.rows)
-        storage.write_bytes(os.fspath(path), buffer.getvalue())
+        np.save(buffer, self.rows.blocks if isinstance(self.rows, Bitmap) else self.rows)
+        storage.write_bytes(os.fspath(path), buffer.getbuffer())
         return Selection.load(os.path.abspath(path), self.samples, self.digest)
 
     @classmethod
     def load(cls, path: str, samples: int, digest: str) -> Selection:
         """Map what `save` wrote; `samples` and `digest` are those of the saved selection. Raises `ConfigError` if they differ."""
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if rows.shape != (samples,) or rows.dtype != np.int64:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = Bitmap(stored) if Bitmap.is_of(stored) else stored
+        if len(rows) != samples or stored.dtype != np.int64:
             raise ConfigError(
-                "selection", f"{path}: {rows.dtype} {list(rows.shape)}", f"int64 [{samples}]", "Start the run again to write it."
+                "selection", f"{path}: {stored.dtype} {list(stored.shape)}", f"int64 [{samples}]", "Start the run again to write it."
             )
         return cls(rows, samples, digest, path)
 
@@ -160,16 +171,26 @@ def select(manifest: Manifest, keep: Sequence[str], validation_share: float, spl
         raise ConfigError("data.shards", manifest.root, "shards with at least one sample", remedy)
     if not validation_share:
         return _selection(manifest, kept, total), _selection(manifest, np.empty(0, np.int64), 0)
-    train, held_out = [], []
-    for rows in _chunks(kept, total):
-        held = in_validation(manifest.columns["key_hash"][rows], validation_share, split_seed)
-        train.append(rows[~held])
-        held_out.append(rows[held])
-    sides = [np.concatenate(side) for side in (train, held_out)]
-    if not len(sides[0]):
+    sides = _split(manifest, kept, validation_share, split_seed)
+    counts = [side.seal() for side in sides]
+    if not counts[0]:
         remedy = "Lower it, or use more data."
         raise ConfigError("data.validation_share", validation_share, f"a share that leaves some of the {total} samples to train on", remedy)
-    return _selection(manifest, sides[0], len(sides[0])), _selection(manifest, sides[1], len(sides[1]))
+    return _selection(manifest, sides[0], counts[0]), _selection(manifest, sides[1], counts[1])
+
+
+def _split(manifest: Manifest, kept: np.ndarray | None, validation_share: float, split_seed: int) -> tuple[Bitmap, Bitmap]:
+    """(to train on, held out), not sealed yet. A piece of the manifest at a time, so that memory is two bits a row."""
+    train, held_out = Bitmap.empty(manifest.samples), Bitmap.empty(manifest.samples)
+    for start in range(0, manifest.samples, CHUNK_ROWS):
+        held = in_validation(manifest.columns["key_hash"][start : start + CHUNK_ROWS], validation_share, split_seed)
+        among = np.ones(len(held), bool)
+        if kept is not None:
+            among[:] = False
+            among[kept[slice(*np.searchsorted(kept, (start, start + len(held))))] - start] = True
+        train.put(start, among & ~held)
+        held_out.put(start, among & held)
+    return train, held_out
 
 
 def in_validation(key_hash: np.ndarray, validation_share: float, split_seed: int) -> np.ndarray:
@@ -184,16 +205,20 @@ def in_validation(key_hash: np.ndarray, validation_share: float, split_seed: int
     return (mixed >> np.uint64(11)).astype(np.float64) < validation_share * 2.0**53
 
 
-def _chunks(kept: np.ndarray | None, total: int) -> Iterator[np.ndarray]:
-    for start in range(0, total, CHUNK_ROWS):
-        end = min(start + CHUNK_ROWS, total)
-        yield np.arange(start, end) if kept is None else kept[start:end]
+def _chunks(rows: np.ndarray | Bitmap) -> Iterator[np.ndarray]:
+    """The rows, ascending, in pieces."""
+    if isinstance(rows, Bitmap):
+        return rows.chunks()
+    return (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
 
 
-def _selection(manifest: Manifest, rows: np.ndarray | None, samples: int) -> Selection:
+def _selection(manifest: Manifest, rows: np.ndarray | Bitmap | None, samples: int) -> Selection:
     if samples == manifest.samples:
         rows = None
+    if isinstance(rows, Bitmap) and 8 * samples <= max(ARRAY_BYTES, rows.blocks.nbytes):
+        rows = np.concatenate(list(rows.chunks()))
+    # Over the numbers and not over how they are held: it stands in checkpoints and caches.
     digest = hashlib.sha256(f"{manifest.digest} {samples}\n".encode())
-    for chunk in [] if rows is None else _chunks(rows, samples):
+    for chunk in [] if rows is None else _chunks(rows):
         digest.update(np.ascontiguousarray(chunk, "<i8").data)
     return Selection(rows, samples, digest.hexdigest())

@@ -53,7 +53,7 @@ class Order:
             raise ValueError(f"order: data.shuffle_chunk = {chunk} and data.shuffle_group = {group} must be at least 1")
         self.chunk, self.group, self.shuffle = chunk, group, shuffle
         self._key = draws.key_of("order", seed, selection.digest, chunk, group)
-        bounds = shard_starts if selection.rows is None else np.searchsorted(selection.rows, shard_starts)
+        bounds = selection.before(shard_starts)
         counts = np.diff(bounds)
         assert counts.sum() == self.samples, "a selected row lies outside the manifest"
         filled = np.flatnonzero(counts)

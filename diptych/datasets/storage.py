@@ -139,14 +139,14 @@ def read_bytes(url: str, retries: int = READ_RETRIES) -> bytes:
     return with_retries(once, url, 0, -1, retries)
 
 
-def write_bytes(url: str, data: bytes, durable: bool = True) -> None:
+def write_bytes(url: str, data: bytes | memoryview, durable: bool = True) -> None:
     """Write the whole file at once: a reader sees the old content or the new one, never a part.
 
     What is not `durable` may be lost, or left empty, by a power failure; it is written without waiting for the disk.
     """
     if not is_local(url):
         fs, path = file_system(url)
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, bytes(data))
         return
     path = local_path(url)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

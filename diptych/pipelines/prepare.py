@@ -145,9 +145,13 @@ def _check_texts(config: RunConfig, manifest: Manifest, train: Selection) -> Non
 
 
 def _train_tokenizer(manifest: Manifest, train: Selection, size: int, folder: Path) -> Path:
+    import numpy as np
+
     from diptych.datasets.tokens import train_tokenizer
 
-    captions: Any = manifest.column("caption") if train.rows is None else manifest.rows(train.rows, ["caption"])["caption"]
+    captions: Any = (
+        manifest.column("caption") if train.rows is None else manifest.rows(train[np.arange(train.samples)], ["caption"])["caption"]
+    )
     with progress("training the tokenizer", None):
         train_tokenizer(filter(None, captions.to_pylist()), size, folder)
     return folder

@@ -6,8 +6,10 @@ Each limit stands beside the count of the naive way, so that a change which does
 from __future__ import annotations
 
 import io
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from support_sd import tiny_pipeline
 from diptych.batches import ImageNeed, Needs, TokenNeed
 from diptych.config import DataConfig, apply_overrides, load_recipe
 from diptych.datasets import ranged
-from diptych.datasets.keep import Selection
+from diptych.datasets.keep import Selection, select
 from diptych.datasets.manifest import Manifest, build_manifest
 from diptych.datasets.reader import Samples, SampleSource, read_rows
 from diptych.datasets.shards import ShardWriter
@@ -255,3 +257,18 @@ def test_what_is_cached_is_not_computed(pipeline: Path, encoded: list[str], cach
     batch = task.example_batch(2)
     task(batch | task.draws(batch)).terms["diffusion"].sum.backward()
     assert sorted(encoded) == expected
+
+
+def test_a_split_takes_bits_a_row_and_not_numbers() -> None:
+    """Both sides of 40 million rows: row numbers would take 320 MB, and as much again while they are put together."""
+    rows = 40_000_000
+    hashes = np.random.default_rng(0).integers(0, 2**64, rows, np.uint64)
+    manifest = SimpleNamespace(samples=rows, digest="d", root="shards", columns={"key_hash": hashes})
+    tracemalloc.start()
+    try:
+        train, _ = select(manifest, (), 0.02, 0)  # type: ignore[arg-type]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.979 < train.samples / rows < 0.981
+    assert peak < rows, f"{peak / 1e6:.0f} MB"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.config import ConfigError
+from diptych.datasets import keep as keep_module
+from diptych.datasets.bitmap import Bitmap
 from diptych.datasets.keep import Selection, combine, in_validation, read_keep, select, write_keep
 from diptych.datasets.manifest import open_manifest
 
@@ -164,3 +168,52 @@ def test_nothing_left_is_refused(manifest, tmp_path):
     write_keep(str(tmp_path / "one.parquet"), manifest, np.array([0]))
     with pytest.raises(ConfigError, match="validation_share"):
         select(manifest, (str(tmp_path / "one.parquet"),), 0.999999, 0)
+
+
+def split_by_arrays(manifest, kept, share, seed):
+    """The split as it was made before it was made in bits: (rows, digest) of both sides. Checkpoints carry these digests."""
+    rows = np.arange(manifest.samples) if kept is None else kept
+    held = in_validation(manifest.columns["key_hash"][rows], share, seed)
+    for side in (rows[~held], rows[held]):
+        digest = hashlib.sha256(f"{manifest.digest} {len(side)}\n".encode())
+        if len(side) != manifest.samples:
+            digest.update(np.ascontiguousarray(side, "<i8").data)
+        yield side, digest.hexdigest()
+
+
+@pytest.mark.parametrize("array_bytes", [0, keep_module.ARRAY_BYTES])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), samples=st.integers(1, 5000), share=st.sampled_from([0.001, 0.02, 0.3, 0.9]), seed=st.integers(0, 99))
+def test_the_split_is_the_same_in_bits(array_bytes, data, samples, share, seed):
+    """Rows, digests, places of shards and rows by place, with and without keep-lists, in memory and mapped from a file."""
+    hashes = np.random.default_rng(seed).integers(0, 2**64, samples, np.uint64)
+    manifest = SimpleNamespace(samples=samples, digest="d", root="shards", columns={"key_hash": hashes})
+    kept = data.draw(st.none() | st.sets(st.integers(0, samples - 1), min_size=1).map(lambda rows: np.array(sorted(rows), np.int64)))
+    expected = list(split_by_arrays(manifest, kept, share, seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keep_module, "ARRAY_BYTES", array_bytes)
+        patch.setattr(keep_module, "CHUNK_ROWS", 1024)
+        patch.setattr(keep_module, "combine", lambda *_: kept)
+        if not len(expected[0][0]):
+            with pytest.raises(ConfigError, match="validation_share"):
+                select(manifest, () if kept is None else ("list",), share, seed)
+            return
+        found = select(manifest, () if kept is None else ("list",), share, seed)
+    starts = np.array(sorted(data.draw(st.lists(st.integers(0, samples), max_size=5))), np.int64)
+    for side, (rows, digest) in zip(found, expected, strict=True):
+        assert (side.samples, side.digest) == (len(rows), digest)
+        smaller = 8 * len(rows) > max(array_bytes, Bitmap.empty(samples).blocks.nbytes)
+        assert isinstance(side.rows, Bitmap) == (smaller and len(rows) < samples)
+        assert np.array_equal(side[np.arange(len(rows))], rows)
+        assert np.array_equal(side.before(starts), np.searchsorted(rows, starts))
+
+
+def test_a_bitmap_is_saved_mapped_and_refused_like_an_array(manifest, tmp_path, monkeypatch):
+    plain, _ = select(manifest, (), 0.5, 0)
+    monkeypatch.setattr(keep_module, "ARRAY_BYTES", 0)
+    train, _ = select(manifest, (), 0.5, 0)
+    saved = pickle.loads(pickle.dumps(train.save(tmp_path / "train.npy")))
+    assert isinstance(saved.rows.blocks, np.memmap)
+    assert np.array_equal(saved[np.arange(train.samples)], plain.rows)
+    with pytest.raises(ConfigError, match="int64"):
+        Selection.load(saved.path, 3, train.digest)
