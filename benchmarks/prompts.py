@@ -123,7 +123,7 @@ def main(data: Path, out: Path, overrides: list[str], recorded: Results) -> bool
         "at least 90 % of greedy texts end": ended >= 0.9,
     }
     (out / "prompts.json").write_text(json.dumps(results | {"checks": checks}, indent=2))
-    case = f"GPT-2, {len(train_texts):,} prompts, {parameters:.1f} M parameters, {config.train.steps} steps"
+    case = f"GPT-2 on {len(train_texts):,} prompts"
     peers = {name: value for name, value in figures.items() if name.startswith("trigram")}
     for name, value in peers.items():
         goal = 1.25 if name == "trigram, linear" else None

@@ -63,10 +63,11 @@ class Embedder:
     @torch.inference_mode()
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 `[B, S, S, 3]` → float32 `[B, D]`, L2-normalised."""
-        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        batch.div_(255).sub_(self.mean).div_(self.std)
         with self.precision.autocast():
             assert self.parts.encode_image is not None
-            found = self.parts.encode_image((batch - self.mean) / self.std)
+            found = self.parts.encode_image(batch)
         return F.normalize(found.float(), dim=-1).cpu().numpy()
 
     @torch.inference_mode()
