@@ -54,7 +54,7 @@ install: .uv/bin/uv  ## Make or update the environment in .venv (EXTRAS=gpu,… 
 $(STAMP): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory install
 
-demo: $(STAMP)  ## The main job end to end on generated data (8 minutes on 2 cores)
+demo: $(STAMP)  ## The main job end to end on generated data (5 minutes on 2 cores)
 	$(BIN)/diptych demo
 
 test: $(STAMP)  ## Unit and integration tests, without the slow ones

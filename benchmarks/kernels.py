@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from _results import Results, Row, add_option
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diptych.config import load_recipe
+from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines.console import show_table
 from diptych.trainers.optim import make_optimizer
 from diptych.trainers.precision import SHORT_ATTENTION
@@ -56,7 +56,7 @@ def attention(tokens: int, heads: int, width: int, backend: SDPBackend, repeat: 
 
 def optimizer_steps(repeat: int) -> dict[str, list[float]]:
     """A step of AdamW as `make_optimizer` makes it, and as torch does by default."""
-    recipe = load_recipe("coca", "demo")
+    recipe = apply_overrides(load_recipe("coca", "demo"), ["optim.name=adamw"])
     task = load_task_class("coca")(recipe.task, 0)
     ours = make_optimizer(task, recipe.optim)
     default = torch.optim.AdamW(task.parameter_groups(recipe.optim.weight_decay), lr=recipe.optim.lr)

@@ -42,7 +42,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 def overrides_of(task: str, out: Path, steps: int, workers: int) -> list[str]:
     """What both sides are called with beside the recipe."""
     found = [f"data.shards={out / 'shards'}", f"train.steps={steps}", f"workers={workers}", "train.precision=fp32", "train.log_every=10"]
-    found += ["validation.samples=0", "checkpoint.every_steps=0", "optim.ema_decay=0", "data.validation_share=0"]
+    found += ["validation.samples=0", "checkpoint.every_steps=0", "optim.ema_decay=0", "optim.name=adamw", "data.validation_share=0"]
     return found + ([f"data.embeddings={out / 'embeddings'}"] if task in ("clip_vit", "dalle2_prior", "dalle2_decoder") else [])
 
 

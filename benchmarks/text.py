@@ -159,7 +159,8 @@ def main() -> int:
         "train.precision=fp32",
     ]
     config = apply_overrides(
-        load_recipe("gpt2", "prompts_small"), [*overrides, "validation.samples=0", "optim.warmup_steps=0", "task.batching=trim"]
+        load_recipe("gpt2", "prompts_small"),
+        [*overrides, "validation.samples=0", "optim.name=adamw", "optim.warmup_steps=0", "task.batching=trim"],
     )
     prepared = prepare(config, given.out / "prepared")
     config = prepared.config

@@ -141,17 +141,17 @@ def demo() -> RunConfig:
 
     Source: none; sized for a laptop, tuned on the scenes. Command: diptych demo, or
     diptych train coca --recipe demo data.shards=SHARDS workers=2
-    Hardware: 2 CPU cores, about 3 minutes. Expected: retrieval R@1 of 200 held-out scenes at least 0.7, colour and shape
-    of the first object right in at least half of the captions.
+    Hardware: 2 CPU cores, less than 2 minutes. Expected: retrieval R@1 of 200 held-out scenes at least 0.7 (0.97 was seen),
+    colour and shape of the first object right in at least half of the captions (nine in ten were).
     """
     return RunConfig(
         task=CocaConfig(model="custom", tokenizer="train:256", image_size=32, context_length=16),
         workers=2,
         data=DataConfig(validation_share=0.1),
-        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, schedule="cosine", clip_norm=1.0),
+        optim=OptimConfig(name="muon", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, schedule="cosine", clip_norm=1.0),
         # At this width bf16 takes 2.5 times as long as fp32, with AMX too: what is converted costs more than what is multiplied.
-        train=TrainConfig(steps=1000, global_batch_size=64, precision="fp32"),
-        validation=ValidationConfig(every_steps=250, samples=200, batch_size=200),
+        train=TrainConfig(steps=500, global_batch_size=64, precision="fp32"),
+        validation=ValidationConfig(every_steps=125, samples=200, batch_size=200),
     )
 
 
@@ -160,14 +160,15 @@ def scenes() -> RunConfig:
 
     Source: none; tuned on scenes of `diptych.datasets.scenes`, whose pictures have exactly one right caption each.
     Command: diptych train coca --recipe scenes data.shards=SHARDS
-    Hardware: 2 CPU cores. Expected, a goal that benchmarks/coca.py checks: exact match of greedy captions at least 0.6 on held-out scenes.
+    Hardware: 2 CPU cores, 7 minutes. Expected, a goal that benchmarks/coca.py checks: exact match of greedy captions at least 0.6 on
+    held-out scenes; 0.99 was seen, where AdamW had reached 0.40 in as many steps.
     """
     return RunConfig(
         task=CocaConfig(
             model="custom", architecture=CocaArchitecture(image_layers=4), tokenizer="train:256", image_size=64, context_length=18
         ),
         data=DataConfig(validation_share=0.05),
-        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=50, schedule="cosine", clip_norm=1.0),
+        optim=OptimConfig(name="muon", lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=50, schedule="cosine", clip_norm=1.0),
         train=TrainConfig(steps=1500, global_batch_size=64, precision="fp32"),
         validation=ValidationConfig(every_steps=250, samples=500, batch_size=100),
     )

@@ -133,12 +133,12 @@ def prompts_small() -> RunConfig:
     """
     sizes = GPT2Architecture(layers=4, width=256, heads=4, positions=128)
     return RunConfig(
-        task=GPT2Config(architecture=sizes, tokenizer="train:4096", length=128, batching="pack", dropout=0.2),
+        task=GPT2Config(architecture=sizes, tokenizer="train:8192", length=128, batching="pack", dropout=0.2),
         data=DataConfig(validation_share=0.05),
         optim=OptimConfig(
             name="muon", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.5, warmup_steps=100, schedule="cosine", min_lr=1e-5, clip_norm=1.0
         ),
-        train=TrainConfig(steps=3_000, global_batch_size=16, precision="fp32"),
+        train=TrainConfig(steps=2_600, global_batch_size=16, precision="fp32"),
         validation=ValidationConfig(every_steps=500, samples=1_000, batch_size=100),
     )
 

@@ -27,7 +27,7 @@ def prompts() -> Space:
         trials=12,
         parameters={
             "optim.lr": Domain(kind="loguniform", low=3e-4, high=6e-3),
-            "optim.weight_decay": Domain(kind="loguniform", low=1e-2, high=0.5),
+            "optim.weight_decay": Domain(kind="loguniform", low=1e-2, high=1.0),
             "optim.warmup_steps": Domain(values=(50, 100, 200)),
             "task.dropout": Domain(kind="uniform", low=0.0, high=0.3),
         },
@@ -45,7 +45,7 @@ def population() -> Space:
         config={"optim.schedule": "constant"},
         parameters={
             "optim.lr": Domain(kind="loguniform", low=3e-4, high=6e-3),
-            "optim.weight_decay": Domain(kind="loguniform", low=1e-2, high=0.5),
+            "optim.weight_decay": Domain(kind="loguniform", low=1e-2, high=1.0),
             "task.dropout": Domain(kind="uniform", low=0.0, high=0.3),
         },
     )
