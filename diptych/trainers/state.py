@@ -24,7 +24,7 @@ class TrainState:
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Every parameter (fp32 master weights under ZeRO) and every persistent buffer."""
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """`exp_avg/<parameter>`, `exp_avg_sq/<parameter>` and `step/<parameter>` (AdamW's counter, `[]`)."""
+    """`exp_avg/<parameter>`, `exp_avg_sq/<parameter>` and `step/<parameter>` (AdamW's counter, `[]`), or `momentum/<parameter>` (Muon's)."""
     ema: dict[str, Tensor] = field(default_factory=dict)
     """Averages of the trainable parameters."""
     scaler: dict[str, float | int] = field(default_factory=dict)
