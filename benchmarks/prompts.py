@@ -2,7 +2,7 @@
 
     python benchmarks/prompts.py ../shared/data/prompts.txt OUT [KEY=VALUE …]
 
-Trains the recipe `prompts_small` in this process, with one thread per core (about 14 minutes on 2 idle cores; a call that was stopped goes
+Trains the recipe `prompts_small` in this process, with one thread per core (about 12 minutes on 2 idle cores; a call that was stopped goes
 on where its last checkpoint stands), and compares it with a unigram and two trigram models over the same tokens. Exit status 1 if the
 perplexity is above 0.8 of the interpolated trigram's, sampling leads the strategies, or less than 90 % of greedy texts end within 128 tokens.
 """
