@@ -55,9 +55,7 @@ def train_judge(shards: Path, folder: Path, share: float) -> None:
     if not (folder / "result.json").is_file():
         config = load_recipe("coca", "demo")
         train_here(
-            apply_overrides(
-                config, [f"data.shards={shards}", f"data.validation_share={share}", f"seed={_SEED}", "train.steps=500", "workers=1"]
-            ),
+            apply_overrides(config, [f"data.shards={shards}", f"data.validation_share={share}", f"seed={_SEED}", "workers=1"]),
             folder,
         )
 

@@ -67,7 +67,7 @@ class Clock:
 def config_of(task: str, out: Path, steps: int) -> RunConfig:
     """The run of both sides."""
     found = [f"data.shards={out / 'shards'}", f"train.steps={steps}", "workers=1", "train.precision=fp32", "validation.samples=0"]
-    found += ["checkpoint.every_steps=0", "data.validation_share=0"]
+    found += ["checkpoint.every_steps=0", "data.validation_share=0", "optim.name=adamw"]  # as the peers' trainers
     if task != "coca":
         found.append(f"data.embeddings={out / 'embeddings'}")
     if task == "clip_vit":  # the project clips nothing

@@ -81,7 +81,10 @@ def default_partition_size(samples: int) -> int:
 
 
 def claim(folder: str, provenance: dict[str, Any], name: str = PROVENANCE, *, dry_run: bool = False) -> None:
-    """Record what fills `folder` in its file `name`, or with `dry_run` only look. Raises `ConfigError` that names the difference if something else has begun it."""
+    """Record what fills `folder` in its file `name`, or with `dry_run` only look.
+
+    Raises `ConfigError` that names the difference if something else has begun it.
+    """
     place = storage.join(folder, name)
     former = read_provenance(folder, name)
     if former is None:

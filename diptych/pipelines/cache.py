@@ -58,7 +58,8 @@ class CacheOptions(embed_pool.PoolOptions):
 def run(kind: str, shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Cache `kind` of `shards` in `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    With `dry_run` nothing is written, and what would be is returned. `options` are the fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
+    With `dry_run` nothing is written, and what would be is returned. `options` are the
+    fields of `CacheOptions`. Raises `ConfigError` for an unknown kind, a model that cannot be loaded, shards
     without what is to be encoded, or an `out` that another call has filled.
     """
     from diptych.datasets import cached, embed_layout

@@ -21,7 +21,8 @@ def run(
 
     `settings` are the fields of `datasets.dedup_report.Settings`. Keys: `samples_in, samples_out, faults, seconds`, and `keep, pairs,
     groups, dropped, threshold, method, cells, usable`, and `recall` where not all pairs were compared. Samples without a usable embedding
-    are kept, and are faults. With `dry_run` nothing is written, and what would be is returned. Raises `ConfigError` for embeddings that do not fit, or a wrong setting.
+    are kept, and are faults. With `dry_run` nothing is written, and what would be is returned.
+    Raises `ConfigError` for embeddings that do not fit, or a wrong setting.
     """
     import numpy as np
 

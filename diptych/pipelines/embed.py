@@ -47,7 +47,8 @@ class EmbedOptions(PoolOptions):
 def run(shards: str, out: str, options: dict[str, Any] | None = None, *, dry_run: bool = False) -> dict[str, Any]:
     """Embed `shards` into `out`; returns `samples_in, samples_out, faults, seconds, partitions, partitions_skipped`.
 
-    With `dry_run` nothing is written, and what would be is returned. `options` are the fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
+    With `dry_run` nothing is written, and what would be is returned. `options` are the
+    fields of `EmbedOptions`. Raises `ConfigError` for a model that cannot be loaded, shards without what is
     to be embedded, or an `out` that another call has filled.
     """
     from diptych.datasets import embed_layout

@@ -1,6 +1,7 @@
-"""Muon (torch's own; Jordan et al. 2024, Liu et al. 2025, arXiv:2502.16982) for the matrices of hidden layers, with AdamW for all other parameters.
+"""Muon for the matrices of hidden layers (torch's own; Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), AdamW for all else.
 
-Muon steps along the orthogonalised momentum of a matrix. Its steps are scaled to the root mean square of AdamW's, so both share one rate and decay.
+Muon steps along the orthogonalised momentum of a matrix. Its steps are scaled to the root mean square of AdamW's, so both share
+one rate and decay.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MOMENTUM = "momentum"
 
 
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
-    """The matrices inside repeated blocks (`ModuleList`, `Sequential`). Embeddings are tables, not maps, and a head stands outside of blocks."""
+    """The matrices inside blocks (`ModuleList`, `Sequential`): embeddings are tables, not maps, and a head stands outside of blocks."""
     tables = {one.weight for one in module.modules() if isinstance(one, nn.Embedding)}
     blocks = [one for one in module.modules() if isinstance(one, nn.ModuleList | nn.Sequential)]
     inside = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}

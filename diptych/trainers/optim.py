@@ -31,7 +31,9 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
 
 
 def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
-    """`config.name` over the task's parameter groups: AdamW (PyTorch's, or bitsandbytes' under `eight_bit`; Loshchilov and Hutter, 2019), or Muon."""
+    """`config.name` over the task's parameter groups: Muon, or AdamW (PyTorch's, or bitsandbytes' under `eight_bit`; Loshchilov and
+    Hutter, 2019). Raises `ConfigError` where nothing is trained, or the optimizer does not fit.
+    """
     groups = task.parameter_groups(config.weight_decay)
     if not groups:
         raise ConfigError("task", f"{task.name} without trainable parameters", "at least one", "Nothing could be learned: unfreeze some.")
@@ -56,7 +58,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer remembers of a parameter, in full: `state.MOMENTS` and `step`, or Muon's `MOMENTUM`; zeros before its first gradient."""
+    """What the optimizer remembers of a parameter, in full: `state.MOMENTS` and `step`, or Muon's `MOMENTUM`; zeros before a gradient."""
     if isinstance(optimizer, MuonWithAdamW):
         if parameter in optimizer.matrices:
             return {MOMENTUM: optimizer.momentum(parameter)}
