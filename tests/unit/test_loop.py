@@ -277,12 +277,14 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
     assert_identical(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
 
 
-def test_micro_batches_change_no_loss(tmp_path: Path) -> None:
+# Muon orthogonalises in bf16, which turns the last bit of a sum into its rounding.
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 2e-3)])
+def test_micro_batches_change_no_loss(tmp_path: Path, optimizer: str, tolerance: float) -> None:
     for count in (1, 2, 3):
-        train_in(tmp_path / str(count), pair_config(train__micro_batches=count))
+        train_in(tmp_path / str(count), pair_config(train__micro_batches=count, optim__name=optimizer))
     for count in (2, 3):
         ours, theirs = losses_by_step(tmp_path / "1"), losses_by_step(tmp_path / str(count))
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours == pytest.approx(theirs, abs=tolerance)
 
 
 @pytest.mark.slow
