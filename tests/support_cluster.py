@@ -42,7 +42,8 @@ class NodesOfRay:
         from ray.cluster_utils import Cluster
 
         self.folder = Path(folder)
-        head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": folder, "object_store_memory": 200 * MEGABYTES}
+        self._started = 0
+        head: dict[str, Any] = {"num_cpus": head_cpus, "temp_dir": self._folder_of_node(), "object_store_memory": 200 * MEGABYTES}
         head |= {"include_dashboard": dashboard} | ({"dashboard_port": 0} if dashboard else {})
         self.cluster = Cluster(shutdown_at_exit=True)
         self.cluster.add_node(**head)
@@ -67,7 +68,12 @@ class NodesOfRay:
 
     def add(self, cpus: int = 1) -> Any:
         """Start a node."""
-        return self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MEGABYTES)
+        return self.cluster.add_node(num_cpus=cpus, object_store_memory=150 * MEGABYTES, temp_dir=self._folder_of_node())
+
+    def _folder_of_node(self) -> str:
+        """As on machines of their own: in a shared one, a node that unpacks a job's folder removes it below the job of another node."""
+        self._started += 1
+        return str(self.folder / str(self._started))
 
     def kill(self, node: Any) -> None:
         """SIGKILL a node's raylet and all that it started, as a machine that goes away."""
@@ -91,7 +97,7 @@ def nodes_of_ray(monkeypatch: Any, head_cpus: int = 0, dashboard: bool = False) 
     folder = tempfile.mkdtemp(prefix="dip-", dir="/tmp")
     # A node of one CPU would keep one idle process, and start another for every read.
     monkeypatch.setenv("RAY_num_workers_soft_limit", "4")
-    nodes = NodesOfRay(os.path.join(folder, "ray"), head_cpus, dashboard)
+    nodes = NodesOfRay(folder, head_cpus, dashboard)
     try:
         yield nodes
     finally:
