@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from diptych.config import ConfigError, OptimConfig
 from diptych.trainers.ema import Ema, warmed_decay
 from diptych.trainers.journal import read_metrics
 from diptych.trainers.muon import MuonWithAdamW
-from diptych.trainers.optim import clip_gradients, learning_rate, make_optimizer
+from diptych.trainers.optim import clip_gradients, learning_rate, make_optimizer, read_moments, write_moments
+from diptych.trainers.task import Task
 
 
 def test_warm_up_is_linear_and_reaches_the_peak() -> None:
@@ -129,6 +131,36 @@ def test_muon_steps_along_the_orthogonalised_gradient_scaled_as_adamw() -> None:
     # Five Newton-Schulz steps bring every singular value near 1, not to it.
     assert spread.min() > 0.5
     assert spread.max() < 1.4
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_filters_as_rows_of_a_matrix_whatever_their_memory(memory_format: torch.memory_format) -> None:
+    class Blocks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Conv2d(8, 6, 3), torch.nn.Conv2d(8, 8, 3, groups=8)])
+
+        def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+            return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
+
+    module = Blocks().to(memory_format=memory_format)
+    optimizer = make_optimizer(cast("Task", module), OptimConfig(name="muon", lr=1.0, weight_decay=0.0))
+    assert isinstance(optimizer, MuonWithAdamW)
+    weight = module.blocks[0].weight
+    assert set(optimizer.matrices) == {weight}, "a filter of one channel is no map between channels"
+    before, gradient = weight.detach().clone(), torch.randn(6, 8, 3, 3)
+    weight.grad = gradient
+    optimizer.step()
+    spread = torch.linalg.svdvals((before - weight.detach()).flatten(1)) / (0.2 * 72**0.5)
+    assert spread.min() > 0.5
+    assert spread.max() < 1.4
+    momentum = read_moments(optimizer, weight)["momentum"]
+    assert momentum.shape == weight.shape
+    assert torch.nn.functional.cosine_similarity(momentum.flatten(), gradient.flatten(), dim=0) > 0.999
+    write_moments(optimizer, weight, {"momentum": gradient})
+    assert torch.equal(read_moments(optimizer, weight)["momentum"], gradient)
+    optimizer.zero_grad()
+    assert weight.grad is None
 
 
 def test_a_muon_run_that_is_resumed_equals_one_that_was_not(tmp_path: Path) -> None:
