@@ -53,9 +53,9 @@ def load_vocabulary(name: str) -> Vocabulary:
     if name.startswith("train:"):
         return Vocabulary(int(name.removeprefix("train:")), _TRAINED_PAD, _TRAINED_START, _TRAINED_END)
     if name == "open_clip":
-        from open_clip.tokenizer import SimpleTokenizer
+        from diptych.clip_library import open_clip
 
-        bpe = SimpleTokenizer()
+        bpe = open_clip.SimpleTokenizer()
         return Vocabulary(bpe.vocab_size, 0, bpe.sot_token_id, bpe.eot_token_id, tokenizer=bpe)
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""`diptych embed`: CLIP embeddings of pictures and captions in clip-retrieval's layout, by an actor pool on Ray Data.
+"""`diptych embed`: CLIP embeddings of pictures and captions in clip-retrieval's layout, by a pool of Ray actors.
 
 A partition is written at once; a call that was killed and is repeated computes only what is missing. `--verify` computes
 samples of an existing folder again, whoever made it, and compares.

@@ -116,14 +116,13 @@ class PeerWorker:
     def __init__(self, spec: PeerSpec) -> None:
         self.spec = spec
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Make the partition `task["partition"]`; a row of Ray Data in and out."""
-        partition = int(task["partition"])
+    def compute(self, partition: int) -> int:
+        """Make and take over one partition; returns its number."""
         tars = range(*self.spec.layout.span(partition))
         with tempfile.TemporaryDirectory(prefix="diptych-peer-") as scratch:
             self._infer(tars, Path(scratch))
             self._take_over(partition, tars, Path(scratch))
-        return {"partition": partition}
+        return partition
 
     def _infer(self, tars: Sequence[int], scratch: Path) -> None:
         spec = self.spec

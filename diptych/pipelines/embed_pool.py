@@ -1,12 +1,12 @@
-"""The actor pool behind `embed` and `cache`: partitions that are missing are computed on Ray Data, each written at once.
+"""The actor pool behind `embed` and `cache`: partitions that are missing are computed by Ray actors, each written at once.
 
 A call that was killed and is repeated computes only what is missing, and says so.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -118,23 +118,36 @@ def _computed(spec: EmbedSpec | PeerSpec, options: PoolOptions, missing: list[in
     from diptych.pipelines.embed_worker import PARTITIONS_IN_FLIGHT
 
     actors = min(options.actor_count, len(missing))
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with ray_context.ray_session(actors * spec.threads, options.address) as ray:
         _check_resources(ray, actors, spec.threads, options.gpus_per_actor)
-        tasks = ray.data.from_items([{"partition": partition} for partition in missing], override_num_blocks=len(missing))
-        # Two calls overlap in each actor: one partition is read while the other is in the model.
-        pool = ray.data.ActorPoolStrategy(
-            size=actors,
-            max_tasks_in_flight_per_actor=2 * PARTITIONS_IN_FLIGHT,
-            max_concurrent_calls_per_actor=PARTITIONS_IN_FLIGHT,
-            enable_true_multi_threading=True,
+        # Bare actors, for what travels is a number: Ray Data's pool would import Ray Data in each, and start four processes to watch them.
+        made = ray.remote(worker).options(
+            num_cpus=spec.threads,
+            num_gpus=options.gpus_per_actor or None,
+            max_concurrency=PARTITIONS_IN_FLIGHT,
+            # A lost process or node loses time only: its partitions are computed again.
+            max_restarts=-1,
+            max_task_retries=-1,
         )
-        gpus = options.gpus_per_actor or None
-        done = tasks.map(worker, fn_constructor_args=(spec,), compute=pool, num_cpus=spec.threads, num_gpus=gpus)
-        # Our own bar counts samples.
-        done.context.enable_progress_bars = done.context.print_on_execution_start = done.context.enable_auto_log_stats = False
-        for row in done.iter_rows():
-            yield row["partition"]
+        yield from _spread(ray, [made.remote(spec) for _ in range(actors)], missing)
+
+
+def _spread(ray: Any, pool: list[Any], missing: list[int]) -> Iterator[int]:
+    """Partitions as they are done. Each actor has as many under way as overlap in it, from when it is ready; a late one delays none."""
+    from diptych.pipelines.embed_worker import PARTITIONS_IN_FLIGHT
+
+    left = deque(missing)
+    starting = {actor.__ray_ready__.remote(): actor for actor in pool}
+    running: dict[Any, Any] = {}
+    while left or running:
+        (finished,), _ = ray.wait([*starting, *running], num_returns=1)
+        found = ray.get(finished)
+        begun = finished in starting
+        actor = (starting if begun else running).pop(finished)
+        for _ in range(min(PARTITIONS_IN_FLIGHT if begun else 1, len(left))):
+            running[actor.compute.remote(left.popleft())] = actor
+        if not begun:
+            yield found
 
 
 def _check_resources(ray: Any, actors: int, cpus: int, gpus: float) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -145,9 +145,8 @@ class EmbedWorker:
         self.pool = ThreadPoolExecutor(spec.threads)
         self.turn = threading.Lock()
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Embed and write the partition `task["partition"]`; a row of Ray Data in and out."""
-        partition = int(task["partition"])
+    def compute(self, partition: int) -> int:
+        """Embed and write one partition; returns its number."""
         start, stop = self.spec.layout.span(partition)
         found = {name: [_to_half(nothing)] for name, nothing in self.work.empty().items()}
         columns: dict[str, list[str | None]] = {"image_path": [], "caption": [], "shard": []}
@@ -168,7 +167,7 @@ class EmbedWorker:
                 found[name].append(values[finite])
         stacked = {name: np.concatenate(parts) for name, parts in found.items()}
         self.spec.layout.write(partition, stacked, columns, faults)
-        return {"partition": partition}
+        return partition
 
     def embed(self, rows: np.ndarray) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Batches of manifest `rows` with float32 [B, …] of each array, in order."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from open_clip.coca_model import CoCa
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
+from diptych.clip_library import open_clip
 from diptych.config import ConfigError
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.text_generation import Prompts, generate
@@ -23,9 +22,9 @@ from diptych.vocabulary import Vocabulary
 class CaptionSteps:
     """The `StepModel` of one batch of images."""
 
-    def __init__(self, model: CoCa, image_tokens: Tensor, forbidden: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: open_clip.CoCa, image_tokens: Tensor, forbidden: tuple[int, ...] = ()) -> None:
         """`image_tokens` is `[N, Q, C]`, the second output of the image tower; `forbidden` ids are never generated."""
-        if not isinstance(model.text, TextTransformer):
+        if not isinstance(model.text, open_clip.transformer.TextTransformer):
             raise ConfigError(
                 "task.model", type(model.text).__name__, "open_clip's own text tower", "Others have no causal states to decode from."
             )
@@ -69,7 +68,7 @@ class CaptionSteps:
         self.length += tokens.shape[1]
         return decoder.ln_final(x) @ decoder.text_projection
 
-    def _self_attention(self, block: ResidualAttentionBlock, x: Tensor, layer: int) -> Tensor:
+    def _self_attention(self, block: open_clip.transformer.ResidualAttentionBlock, x: Tensor, layer: int) -> Tensor:
         """One block over the new tokens `[N, L, C]`, which attend to those in the cache of `layer` and to each other, causally."""
         new = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
         query, keys, values = (_heads(part, block.attn) for part in new)
@@ -91,7 +90,7 @@ def _heads(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _finish(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tensor:
+def _finish(block: open_clip.transformer.ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual and feed-forward part of a block."""
     x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -99,7 +98,7 @@ def _finish(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tenso
 
 @torch.no_grad()
 def generate_captions(
-    model: CoCa, pixels: Tensor, vocabulary: Vocabulary, decoding: Decoding, numbers: Tensor | None = None
+    model: open_clip.CoCa, pixels: Tensor, vocabulary: Vocabulary, decoding: Decoding, numbers: Tensor | None = None
 ) -> list[list[list[int]]]:
     """Token ids of K captions for each of N images, start and end token left out.
 

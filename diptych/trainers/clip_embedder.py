@@ -89,15 +89,16 @@ class _Parts:
 
 
 def _load_open_clip(name: ModelName) -> _Parts:
-    import open_clip
-    from torchvision.transforms import Compose
+    from diptych import clip_library
+    from diptych.clip_library import open_clip
 
     if name.config_file:
         open_clip.add_model_config(name.config_file)
+    clip_library.complete(open_clip.get_model_config(name.name) or {})
     model, _, preprocess = open_clip.create_model_and_transforms(name.name, pretrained=name.weights or None)
     tokenizer = open_clip.get_tokenizer(name.name)
     # All but the last two steps (to tensor, normalise), which run on the device.
-    fit, normalise = Compose(preprocess.transforms[:-2]), preprocess.transforms[-1]
+    fit, normalise = open_clip.transform.Compose(preprocess.transforms[:-2]), preprocess.transforms[-1]
 
     # Towers that take the state of a caption's end under a causal mask: nothing that counts sees the padding behind it.
     cuts = type(model) is open_clip.CLIP and model.text_pool_type == "argmax" and model.attn_mask is not None
@@ -123,9 +124,9 @@ def _encode_without_padding(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _load_hugging_face(name: ModelName) -> _Parts:
-    from open_clip.transform import image_transform
-    from torchvision.transforms import Compose
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    from diptych.clip_library import open_clip
 
     model = AutoModel.from_pretrained(name.name)
     if not hasattr(model, "get_image_features"):
@@ -134,7 +135,9 @@ def _load_hugging_face(name: ModelName) -> _Parts:
     crop = processor.crop_size or processor.size
     side = int(crop["height"] if "height" in crop else crop["shortest_edge"])
     mode = "shortest" if getattr(processor, "do_center_crop", False) else "squash"
-    steps = image_transform(side, False, processor.image_mean, processor.image_std, resize_mode=mode, interpolation="bicubic").transforms
+    steps = open_clip.image_transform(
+        side, False, processor.image_mean, processor.image_std, resize_mode=mode, interpolation="bicubic"
+    ).transforms
     length = model.config.text_config.max_position_embeddings
     # See `_load_open_clip`; other models of this layout, such as SigLIP, see their padding.
     padding = "longest" if model.config.model_type == "clip" else "max_length"
@@ -149,7 +152,7 @@ def _load_hugging_face(name: ModelName) -> _Parts:
         tokens = tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(device)
         return features(model.get_text_features(**tokens))
 
-    return _Parts(model, Compose(steps[:-2]), processor.image_mean, processor.image_std, encode_image, encode_text)
+    return _Parts(model, open_clip.transform.Compose(steps[:-2]), processor.image_mean, processor.image_std, encode_image, encode_text)
 
 
 def _load_sentence(name: ModelName) -> _Parts:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.coca_model import CoCa
-from open_clip.factory import get_model_config, list_models, load_checkpoint
-from open_clip.transform import PreprocessCfg
 from safetensors.torch import save_file
 from torch import nn
 
+from diptych import clip_library
+from diptych.clip_library import open_clip
 from diptych.config import ConfigError
 from diptych.recipes.coca import CocaConfig
 from diptych.vocabulary import Vocabulary
@@ -24,7 +22,7 @@ from diptych.vocabulary import Vocabulary
 class BuiltCoca:
     """A CoCa and what its export must say of it."""
 
-    model: CoCa
+    model: open_clip.CoCa
     config: dict[str, Any]
     """open_clip's `model_cfg`."""
     mean: tuple[float, ...]
@@ -49,10 +47,11 @@ def build_coca(config: CocaConfig, vocabulary: Vocabulary, seed: int) -> BuiltCo
 
 def _build(config: CocaConfig, source: str, model_config: dict[str, Any]) -> BuiltCoca:
     if source == "custom":
-        model = CoCa(**{key: value for key, value in model_config.items() if key != "custom_text"})
-        defaults = PreprocessCfg()
+        model = open_clip.CoCa(**{key: value for key, value in model_config.items() if key != "custom_text"})
+        defaults = open_clip.transform.PreprocessCfg()
         mean, std = defaults.mean, defaults.std
     else:
+        clip_library.complete(model_config)
         tag = config.pretrained if source == config.model and config.pretrained else None
         try:
             # Without `require_pretrained` a folder or repository that holds no weights gives random ones and a line in the log.
@@ -79,15 +78,15 @@ def _source(config: CocaConfig) -> str:
         if config.pretrained.startswith(("/", ".", "~")):
             raise ConfigError("task.pretrained", config.pretrained, "an existing folder or file", "Check the path.")
         return f"hf-hub:{config.pretrained.removeprefix('hf-hub:')}"
-    if config.model != "custom" and config.model not in list_models():
-        known = ", ".join(name for name in list_models() if "coca" in name)
+    if config.model != "custom" and config.model not in open_clip.list_models():
+        known = ", ".join(name for name in open_clip.list_models() if "coca" in name)
         raise ConfigError("task.model", config.model, f"custom, {known}")
     return config.model
 
 
 def _published_config(source: str, config: CocaConfig) -> dict[str, Any]:
     try:
-        model_config = get_model_config(source)
+        model_config = open_clip.get_model_config(source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError("task.pretrained", config.pretrained, "a hub name or folder of an open_clip model", str(error)) from error
     model_config["vision_cfg"]["image_size"] = config.image_size
@@ -129,11 +128,11 @@ def _custom_config(config: CocaConfig, vocabulary: Vocabulary) -> dict[str, Any]
     return {"embed_dim": sizes.width, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": decoder, "custom_text": True}
 
 
-def _load_file(model: CoCa, path: str) -> None:
+def _load_file(model: open_clip.CoCa, path: str) -> None:
     if not Path(path).is_file():
         raise ConfigError("task.pretrained", path, "a weights file or a folder with open_clip_config.json", "Check the path.")
     try:
-        load_checkpoint(model, path)
+        open_clip.load_checkpoint(model, path)
     except RuntimeError as error:
         raise ConfigError("task.pretrained", path, "weights of the architecture in task.architecture", str(error)[:500]) from error
 
@@ -155,7 +154,7 @@ def _check_sizes(config: CocaConfig, model_config: dict[str, Any], vocabulary: V
         )
 
 
-def freeze_unused(model: CoCa, config: CocaConfig) -> None:
+def freeze_unused(model: open_clip.CoCa, config: CocaConfig) -> None:
     """Freeze what `config` says, and what no loss of weight above zero reaches: it would have no gradient."""
     frozen: list[nn.Module | nn.Parameter | None] = []
     if config.freeze_image:

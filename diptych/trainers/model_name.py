@@ -40,7 +40,7 @@ def parse_model(name: str) -> ModelName:
         return _parse_folder(Path(name))
     if name.startswith("hf-hub:"):
         return ModelName("open_clip", name)
-    import open_clip
+    from diptych.clip_library import open_clip
 
     architecture, _, tag = name.partition("/")
     if architecture in open_clip.list_models():

@@ -1,4 +1,4 @@
-"""`cache` on Ray Data: actors fill the folder, a repeated call computes what is missing, and a training stream reads it."""
+"""`cache` on Ray: actors fill the folder, a repeated call computes what is missing, and a training stream reads it."""
 
 from __future__ import annotations
 

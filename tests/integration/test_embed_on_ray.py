@@ -1,4 +1,4 @@
-"""`embed` on Ray Data: an actor pool fills the folder, and a call that was killed is gone on with."""
+"""`embed` on Ray: a pool of actors fills the folder, and a call that was killed is gone on with."""
 
 from __future__ import annotations
 

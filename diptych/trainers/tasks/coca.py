@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor
 
+from diptych.clip_library import open_clip
 from diptych.recipes.coca import CocaConfig
 from diptych.trainers.caption_metrics import caption_metrics
 from diptych.trainers.captioning import generate_captions
@@ -134,11 +134,15 @@ class CocaTask(Task):
     def attention_tokens(self) -> int | None:
         """Patches or words, whichever are more; None where the image tower is not open_clip's own."""
         visual = self.model.visual
-        return max(visual.positional_embedding.shape[0], self.config.context_length + 1) if isinstance(visual, VisionTransformer) else None
+        return (
+            max(visual.positional_embedding.shape[0], self.config.context_length + 1)
+            if isinstance(visual, open_clip.transformer.VisionTransformer)
+            else None
+        )
 
     def _count_flops(self) -> float | None:
         visual, text, length = self.model.visual, self.model.text, self.config.context_length
-        if not isinstance(visual, VisionTransformer) or not isinstance(text, TextTransformer):
+        if not isinstance(visual, open_clip.transformer.VisionTransformer) or not isinstance(text, open_clip.transformer.TextTransformer):
             return None
         flops = visual.positional_embedding.shape[0] * matrix_flops(visual.transformer) + (length + 1) * matrix_flops(text.transformer)
         return float(flops + (length - 1) * matrix_flops(self.model.text_decoder) * (self.config.caption_weight > 0))
