@@ -254,8 +254,8 @@ def scenes_vae() -> RunConfig:
     return RunConfig(
         task=StableDiffusionConfig(train="vae", architecture=_SCENES, image_size=32),
         data=DataConfig(validation_share=0.05),
-        optim=OptimConfig(lr=2e-3, warmup_steps=20, schedule="cosine", clip_norm=1.0, weight_decay=0.0),
-        train=TrainConfig(steps=300, global_batch_size=32),
+        optim=OptimConfig(name="muon", lr=5e-3, warmup_steps=20, schedule="cosine", clip_norm=1.0, weight_decay=0.0),
+        train=TrainConfig(steps=600, global_batch_size=32),
         validation=ValidationConfig(samples=64),
     )
 
@@ -282,8 +282,8 @@ def scenes() -> RunConfig:
             show_guidance=3.0,
         ),
         data=DataConfig(validation_share=0.05),
-        optim=OptimConfig(lr=2e-3, warmup_steps=50, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
-        train=TrainConfig(steps=750, global_batch_size=64, log_every=25),
+        optim=OptimConfig(name="muon", lr=3e-3, warmup_steps=50, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
+        train=TrainConfig(steps=1_500, global_batch_size=64, log_every=25),
         validation=ValidationConfig(every_steps=250, samples=128, batch_size=64),
     )
 
