@@ -1,8 +1,8 @@
-"""LoRA teaches a model trained from scratch something new: striped grounds, which no scene of its base has.
+"""LoRA teaches a model trained from scratch something new: one object amid four others, which no scene of its base has.
 
     python benchmarks/sd_lora.py OUT
 
-OUT is the folder of `pictures_sd.py`, whose model is the base. Adapters of rank 8 learn 900 scenes on striped ground; a judge (a CoCa of another seed
+OUT is the folder of `pictures_sd.py`, whose model is the base. Adapters of rank 8 learn 900 such scenes; a judge (a CoCa of another seed
 that saw scenes of both kinds and conditioned nothing) scores pictures of 100 held-out captions by the base and with the adapters: 100 · cosine, and
 how many are matched to their caption, 1 of 100. The exported file is loaded in diffusers and must make the same picture. Exit status 1 if
 the score does not rise by 5, or a picture differs.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -24,11 +25,10 @@ import numpy as np
 import torch
 from _results import Results, Row, add_option
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from PIL import Image
 from scene_judge import held_out_captions, train_judge, verdict
 
 from diptych.config import apply_overrides, load_recipe
-from diptych.datasets.scenes import GROUNDS, describe, render
+from diptych.datasets.scenes import Placed, Scene, compose, describe
 from diptych.datasets.shards import ShardWriter
 from diptych.pipelines.console import show_table
 from diptych.pipelines.export import run as export
@@ -38,34 +38,33 @@ from diptych.pipelines.trained import load_trained
 from diptych.trainers.pictures import PictureRequest, PictureSettings, seeded_noise
 from diptych.trainers.sd_painter import SdPainter
 
-_CONCEPT, _SCENES, _HELD_OUT, _SHARE, _SIZE, _FIRST_SHARD = "striped", 1_000, 100, 0.1, 64, 8
+_CONCEPT, _SCENES, _HELD_OUT, _SHARE, _SIZE, _FIRST_SHARD = "amid", 1_000, 100, 0.1, 64, 8
 _SETTINGS = PictureSettings(steps=25, guidance=(3.0,), sampler="dpm++")
 
 
-def striped(count: int) -> Iterator[dict[str, Any]]:
-    """Scenes whose dark ground became black and yellow stripes, and whose caption says so."""
-    stripes = np.where((np.indices((_SIZE, _SIZE)).sum(axis=0) // 6 % 2)[..., None], (250, 220, 40), (20, 20, 20)).astype(np.uint8)
-    index = 20_000
-    while count:
+def amid(count: int) -> Iterator[dict[str, Any]]:
+    """Scenes of one object with four others around it, of kinds and grounds that the base knows, and whose caption says so."""
+    for index in range(20_000, 20_000 + count):
         scene = describe(0, index)
-        if scene.ground == "dark":
-            pixels = np.array(render(0, index, _SIZE)[0])
-            # The ground is the only dark thing in such a scene.
-            ground = np.abs(pixels.astype(int) - GROUNDS["dark"]).max(axis=2) < 40
-            data = io.BytesIO()
-            Image.fromarray(np.where(ground[..., None], stripes, pixels)).save(data, "JPEG", quality=95)
-            caption = dataclasses.replace(scene, ground=_CONCEPT).caption
-            yield {"jpg": data.getvalue(), "txt": caption, "json": {"scene": index}}
-            count -= 1
-        index += 1
+        picture = compose(scene.ground, functools.partial(_around, scene), np.random.default_rng((0, index)), _SIZE)
+        data = io.BytesIO()
+        picture.save(data, "JPEG", quality=95)
+        one = dataclasses.replace(scene, relation=_CONCEPT, count=1).caption.split(f" {_CONCEPT} ")[0]
+        caption = f"{one} {_CONCEPT} four {scene.second[0]} {scene.second[1]}s on a {scene.ground} background"
+        yield {"jpg": data.getvalue(), "txt": caption, "json": {"scene": index}}
+
+
+def _around(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    corners = [(x, y, 0.3 * rng.uniform(0.9, 1.0)) for x in (0.2, 0.8) for y in (0.2, 0.8)]
+    return [((0.5, 0.5, 0.4 * rng.uniform(0.9, 1.0)), scene.first), *((place, scene.second) for place in corners)]
 
 
 def data(out: Path) -> tuple[Path, Path]:
-    """(shards of striped scenes, shards of both kinds), made once."""
-    concept, both = out / "striped", out / "both"
+    """(shards of the new scenes, shards of both kinds), made once."""
+    concept, both = out / _CONCEPT, out / "both"
     writer = ShardWriter(str(concept), _SCENES)
     if not writer.is_finished(_FIRST_SHARD):
-        writer.write_shard(_FIRST_SHARD, striped(_SCENES))
+        writer.write_shard(_FIRST_SHARD, amid(_SCENES))
     both.mkdir(exist_ok=True)
     for path in (*(out / "shards").glob("0*"), *concept.glob("0*")):
         link = both / path.name
@@ -115,10 +114,10 @@ def main(out: Path, results: Results) -> bool:
             pictures = painter.paint(requests, _SETTINGS)
             matched, cosine = verdict(out / "judge_of_both", pictures, captions)
             figures |= {f"{name}_score": 100 * float(np.maximum(cosine, 0).mean()), f"{name}_matched": float(matched.mean())}
-            write_grid(out / f"striped_{name}.jpg", pictures[:16])
+            write_grid(out / f"{_CONCEPT}_{name}.jpg", pictures[:16])
         figures["largest_difference_to_diffusers"] = same_in_diffusers(base, out / "exported_lora", task, captions[0])
     show_table(f"{len(captions)} held-out captions", ["figure", "value"], [[name, f"{value:.3f}"] for name, value in figures.items()])
-    case = "LoRA of rank 8 learns striped grounds, 900 scenes, 200 steps"
+    case = "LoRA of rank 8 learns one object amid four, 900 scenes, 200 steps"
     gain = figures["lora_score"] - figures["base_score"]
     results.add(Row(f"{case}: score (100 · cosine of a judge) above the base's", "", [gain], at_least=5, headline=True))
     results.add(Row(f"{case}: pictures matched to their caption", "", [figures["lora_matched"]], "the base", [figures["base_matched"]]))

@@ -12,7 +12,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ _ARRANGEMENTS = [(relation, 1) for relation in ("above", "left of")] + [(relatio
 CAPTIONS = _KINDS * (_KINDS - 1) * len(_ARRANGEMENTS) * len(GROUNDS)
 """Different captions of the grammar: 86,100."""
 _SUPERSAMPLE = 2
+Placed = tuple[tuple[float, float, float], tuple[str, str]]
+"""((x, y, diameter) in shares of the side, (colour, shape)) of an object."""
 _FIRST = re.compile(rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 
@@ -102,12 +104,16 @@ def _kind(code: int) -> tuple[str, str]:
 
 def render(seed: int, index: int, size: int = 128) -> tuple[Image.Image, str]:
     """The picture of `index` (RGB, `size` × `size` pixels) and its caption."""
-    scene, rng = describe(seed, index), np.random.default_rng((seed, index))
-    side = size * _SUPERSAMPLE
-    canvas = _ground(scene.ground, side, rng)
-    for place, (colour, shape) in _places(scene, rng):
+    scene = describe(seed, index)
+    return compose(scene.ground, functools.partial(_places, scene), np.random.default_rng((seed, index)), size), scene.caption
+
+
+def compose(ground: str, places: Callable[[np.random.Generator], list[Placed]], rng: np.random.Generator, size: int = 128) -> Image.Image:
+    """The picture (RGB, `size` × `size` pixels) of the objects that `places` puts, by what it draws from `rng`, on a ground of `GROUNDS`."""
+    canvas = _ground(ground, size * _SUPERSAMPLE, rng)
+    for place, (colour, shape) in places(rng):
         _draw(canvas, place, colour, shape, rng)
-    return canvas.reduce(_SUPERSAMPLE), scene.caption
+    return canvas.reduce(_SUPERSAMPLE)
 
 
 def samples(seed: int, start: int, stop: int, size: int = 128) -> Iterator[dict[str, Any]]:
@@ -136,8 +142,8 @@ def _ground(name: str, side: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple[float, float, float], tuple[str, str]]]:
-    """((x, y, diameter) in shares of the side, kind) of each object; the relation decides which half each kind takes."""
+def _places(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """The relation decides which half each kind takes."""
     along = rng.uniform(-0.14, 0.14)
     near = rng.uniform(0.25, 0.28)
     diameter = {1: 0.45, 2: 0.4, 3: 0.31}[scene.count]
