@@ -130,12 +130,11 @@ def batches_in_memory(prepared: Any, task: Any, rank: int, size: int) -> list[di
     import torch
 
     from diptych.datasets.stream import LocalStream
-    from diptych.trainers.validation import to_device
+    from diptych.trainers.micro_batches import make_micro_batches
 
     task.train()
     shares = LocalStream(prepared.train, rank, size, 0, KEPT)
-    found = [to_device(share.arrays, torch.device("cpu")) for share in shares]
-    return [batch | task.draws(batch) for batch in found]
+    return [batch for share in shares for batch in make_micro_batches(task, share.arrays, 1, torch.device("cpu"))]
 
 
 def Learned(task: Any, rank: int, size: int) -> Any:  # noqa: N802 - a class that needs torch

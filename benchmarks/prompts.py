@@ -28,9 +28,9 @@ from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.decoding import Decoding
+from diptych.trainers.micro_batches import to_device
 from diptych.trainers.prompt_evaluation import beginning, evaluate_prompts
 from diptych.trainers.tasks.gpt2 import GPT2Task
-from diptych.trainers.validation import to_device
 
 
 def whole(spec: StreamSpec) -> Iterator[StepBatch]:

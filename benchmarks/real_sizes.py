@@ -24,7 +24,7 @@ import torch
 from _results import Results, Row, add_option
 
 from diptych.config import RunConfig, apply_overrides, load_recipe, set_path
-from diptych.trainers.objective import accumulate
+from diptych.trainers.objective import accumulate, local_weights
 from diptych.trainers.strategies import make_strategy
 from diptych.trainers.tasks import load_task_class
 
@@ -45,11 +45,11 @@ def step(config: RunConfig, batch_size: int) -> dict[str, Any]:
     world = strategy.world
     batch = task.example_batch(batch_size, seed=world.rank)
     batch |= task.draws(batch)
-    totals = {name: world.sum_(weight.detach().double().reshape(())).float() for name, weight in task.weights(batch).items()}
+    totals = {name: world.sum_(weight).float() for name, weight in local_weights(task, [batch]).items()}
     learning = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
     before = {name: parameter.detach().clone() for name, parameter in learning[-1:]}
     started = time.monotonic()
-    terms, _ = accumulate(strategy, batch, 1, totals, seed=0, step=0)
+    terms, _ = accumulate(strategy, [batch], totals, seed=0, step=0)
     norm = float(strategy.step(0, config.optim.lr))
     seconds = time.monotonic() - started
     changed = any(not torch.equal(dict(task.named_parameters())[name], value) for name, value in before.items())

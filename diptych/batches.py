@@ -31,6 +31,7 @@ FIELDS: dict[str, Field] = {
     "slot": Field("int64", ("B",), "position in the run's stream; -1 on padding"),
     "row": Field("int64", ("B",), "manifest row of the sample that fills the slot (a substitute's, if it was bad); -1 on padding"),
     "weight": Field("float32", ("B",), "1 for a sample, 0 for padding"),
+    "bucket": Field("int64", ("B",), "which of `AspectBuckets.shapes` the picture or latent of the row has"),
     "image": Field("uint8", ("B", "H", "W", 3), "sRGB pixels"),
     "tokens": Field("int64", ("B", "L"), "token ids, padded with the tokenizer's pad id"),
     "token_mask": Field("bool", ("B", "L"), "True where `tokens` is text (start and end tokens included), not padding"),
@@ -43,7 +44,7 @@ FIELDS: dict[str, Field] = {
 }
 
 CACHES: dict[str, tuple[str, ...]] = {
-    "latents": ("latent_mean", "latent_logvar"),
+    "latents": ("latent_mean", "latent_logvar", "bucket"),
     "text-states": ("text_states",),
     "image-states": ("image_states",),
 }
@@ -129,8 +130,52 @@ class ImageEmbeddingBatch(Slots):
 
 
 @dataclass(frozen=True)
+class AspectBuckets:
+    """Shapes of about one area; each picture takes the one nearest to its own aspect (NovelAI 2022, kohya's `enable_bucket`).
+
+    Rows of a batch are as long whatever their shapes, so that blocks, caches and substitutes know of none: a picture or a latent stands
+    first in the row of the square, in reading order, and what follows means nothing. `bucket` tells which shape a row has.
+    """
+
+    size: int
+    """Side of the square, in pixels; no shape has more pixels than it."""
+    shapes: tuple[tuple[int, int], ...]
+    """(height, width) in pixels, from the widest to the tallest."""
+
+    @classmethod
+    def of(cls, size: int, step: int, max_aspect: float) -> AspectBuckets:
+        """The square of `size`, a multiple of `step`, and for each shorter side the longest other one, both multiples of `step`.
+
+        At most 2 · size / step − 1 shapes, whose longer side is up to `max_aspect` times the shorter one.
+        """
+        shapes = {(size, size)}
+        for short in range(step, size, step):
+            long = size * size // short // step * step
+            if long <= max_aspect * short:
+                shapes |= {(short, long), (long, short)}
+        return cls(size, tuple(sorted(shapes)))
+
+    def nearest(self, width: int, height: int) -> int:
+        """Which shape is nearest to the aspect of `width` × `height` pixels: the one that it exceeds, or falls short of, by the least factor."""
+
+        def distance(number: int) -> float:
+            high, wide = self.shapes[number]
+            return max(width * high / (height * wide), height * wide / (width * high))
+
+        return min(range(len(self.shapes)), key=distance)
+
+    def tail(self, key: str, bucket: int, square: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a row of the batch's `key` in `bucket`, where it is `square` in the row of the square."""
+        high, wide = self.shapes[bucket]
+        sides = {"H": high, "W": wide, "h": high, "w": wide}
+        letters = FIELDS[key].shape[1:]
+        # A latent has fewer places than pixels, by the same factor along each side.
+        return tuple(sides[letter] * side // self.size if letter in sides else side for letter, side in zip(letters, square, strict=True))
+
+
+@dataclass(frozen=True)
 class ImageNeed:
-    """Decoded pixels at one size.
+    """Decoded pixels at one size, or at the nearest of several shapes of that area.
 
     Augmentation is a function of (seed, slot) alone, so that every worker and every attempt sees the same pixels.
     """
@@ -138,11 +183,23 @@ class ImageNeed:
     size: int
     """Side of the square image, in pixels."""
     resize: Literal["center_crop", "random_crop", "pad", "squash"] = "center_crop"
-    """`center_crop` and `random_crop` fit the shorter side, `pad` the longer one (white border), `squash` distorts."""
+    """`center_crop` and `random_crop` cover the square, `pad` fits into it (white border), `squash` distorts."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     min_scale: float = 1.0
     """Smallest share of the area that `random_crop` keeps (1 = only the position is random)."""
+    buckets: AspectBuckets | None = None
+    """Shapes that take the place of the square; its `size` is the need's."""
+
+    @classmethod
+    def of_shape(cls, height: int, width: int) -> ImageNeed:
+        """Every picture in one shape, covered from its middle."""
+        size = max(height, width)
+        return cls(size, buckets=AspectBuckets(size, ((height, width),)))
+
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of what a picture of `width` × `height` pixels becomes."""
+        return self.buckets.shapes[self.buckets.nearest(width, height)] if self.buckets else (self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -194,6 +251,7 @@ class Needs:
         """Keys of the batch, in the order of `FIELDS`."""
         wanted = {"slot", "row", "weight"}
         wanted |= {"image"} if self.image else set()
+        wanted |= {"bucket"} if self.image and self.image.buckets else set()
         wanted |= {"tokens", "token_mask"} if self.tokens else set()
         wanted |= {"image_embedding"} if self.image_embedding else set()
         wanted |= {"text_embedding"} if self.text_embedding else set()

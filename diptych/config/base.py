@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
-from diptych.batches import Needs
+from diptych.batches import AspectBuckets, Needs
 
 
 class ConfigError(ValueError):
@@ -48,6 +48,11 @@ class TaskConfig(Config, abc.ABC):
     @abc.abstractmethod
     def needs(self) -> Needs:
         """The batch that the task takes."""
+
+    @property
+    def shape_buckets(self) -> AspectBuckets | None:
+        """Shapes that the pictures of one batch may have; None = one shape for all."""
+        return None
 
     def resolve(self, facts: dict[str, Any]) -> TaskConfig:
         """This section with what follows from the data filled in (an embedding's dimension); by default unchanged."""

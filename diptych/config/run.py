@@ -79,6 +79,13 @@ class RunConfig(Config):
             )
         if self.train.offload and self.train.strategy == "ddp":
             raise ConfigError("train.offload", True, "false under train.strategy=ddp", "Set train.strategy=zero1, zero2 or zero3.")
+        if self.task.shape_buckets and self.train.strategy in ("zero2", "zero3") and self.most_workers > 1:
+            raise ConfigError(
+                "train.strategy",
+                self.train.strategy,
+                "ddp or zero1 where several workers train on aspect buckets",
+                "Workers have different numbers of micro-batches then, and ZeRO 2 and 3 communicate in each.",
+            )
         return self
 
     def to_json(self, public: bool = False) -> str:

@@ -28,7 +28,7 @@ class Found(NamedTuple):
     """What `CacheJoin.read` returns."""
 
     arrays: dict[str, np.ndarray]
-    """float16 [n, …] by key of the batch; zeros where there is no row."""
+    """[n, …] by key of the batch; zeros where there is no row."""
     faults: list[tuple[int, str, str]]
     """`(index into the rows, kind, detail)`"""
 
@@ -55,12 +55,14 @@ class CacheJoin(Joined):
         arrays, bad = {}, []
         for key, lookup in self.lookups.items():
             width = math.prod(self.shape(key))
-            flat = lookup.read_parts(rows, variants * width, width, np.dtype(FIELDS[key].dtype), retries)
+            flat = lookup.read_parts(rows, variants * width, width, lookup.files[0].dtype, retries)
             missing, finite = lookup.file[rows] == MISSING, np.isfinite(flat).all(axis=1)
             for index in np.flatnonzero(missing | ~finite).tolist():
                 what = "missing_cached_row" if missing[index] else "nan_cached_row"
                 bad.append((index, what, f"{key}: " + ("no cached row has this key" if missing[index] else "it holds NaN or infinity")))
-            arrays[key] = flat.reshape(len(rows), *self.shape(key))
+            # Only now, because integers hold no NaN.
+            whole = np.where(finite[:, None], flat, 0) if np.dtype(FIELDS[key].dtype).kind == "i" else flat
+            arrays[key] = whole.astype(FIELDS[key].dtype, copy=False).reshape(len(rows), *self.shape(key))
         return Found(arrays, bad)
 
 
@@ -111,7 +113,7 @@ def join_caches(manifest: Manifest, caches: Sequence[str], need: CachedNeed) -> 
             )
         joined = CacheJoin(folders[0], {}, about=about)
         # Rows of a file are [variants, …]: as many sides as the batch's [B, …].
-        join_partitions(joined, manifest, {key: key for key in wanted}, KIND, sides=len(FIELDS[wanted[0]].shape))
+        join_partitions(joined, manifest, {key: key for key in wanted}, KIND, {key: len(FIELDS[key].shape) for key in wanted})
         joined.settle(manifest, KIND)
         joins.append(joined)
     crops = {join.folder: join.crops for join in joins if "crops" in join.about}

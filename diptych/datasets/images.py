@@ -1,4 +1,4 @@
-"""Image bytes → the uint8 [H, W, 3] pixels that an `ImageNeed` asks for.
+"""Image bytes → the uint8 [H, W, 3] pixels that an `ImageNeed` asks for, where H and W are `ImageNeed.shape` of the upright picture.
 
 A JPEG is decoded at reduced DCT scale when the target is smaller, by Pillow (`draft`) or OpenCV (`IMREAD_REDUCED_COLOR_*`);
 every other format by Pillow. Orientation is applied, transparency laid on white, 16-bit scaled. Crops and flips are
@@ -71,7 +71,7 @@ def image_draws(seed: int, slots: np.ndarray) -> np.ndarray:
 
 
 def decode_image(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decoder = "pil") -> np.ndarray:
-    """uint8 [size, size, 3] of one picture; `drawn` is its row of `image_draws`. Raises `BadImageError`."""
+    """uint8 [H, W, 3] of one picture; `drawn` is its row of `image_draws`. Raises `BadImageError`."""
     if not data:
         raise BadImageError("empty file")
     try:
@@ -88,7 +88,7 @@ def decode_image(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
 
 
 def decode_variants(data: bytes, need: ImageNeed, seed: int, row: int, crops: int, flips: bool, decoder: Decoder = "pil") -> np.ndarray:
-    """uint8 [variants, size, size, 3] of one picture: `crops` of them, each followed by its mirror image if `flips`.
+    """uint8 [variants, H, W, 3] of one picture: `crops` of them, each followed by its mirror image if `flips`.
 
     Crop c of manifest row `row` is a function of (seed, row, c) alone. Raises `BadImageError`.
     """
@@ -102,21 +102,23 @@ def crop_box(width: int, height: int, need: ImageNeed, drawn: np.ndarray) -> Box
     """The part of an upright picture that the target shows; all of it for `pad` and `squash`."""
     if need.resize in ("pad", "squash"):
         return Box(0, 0, width, height)
-    side: float = min(width, height)
+    high, wide = need.shape(width, height)
+    across, down = min(width, height * wide / high), min(height, width * high / wide)
     if need.resize == "center_crop":
-        left, top = (width - side) // 2, (height - side) // 2
-        return Box(left, top, left + side, top + side)
-    side *= math.sqrt(need.min_scale + (1 - need.min_scale) * drawn[1])
-    left, top = (width - side) * drawn[2], (height - side) * drawn[3]
-    return Box(left, top, left + side, top + side)
+        left, top = (width - across) // 2, (height - down) // 2
+        return Box(left, top, left + across, top + down)
+    scale = math.sqrt(need.min_scale + (1 - need.min_scale) * drawn[1])
+    across, down = across * scale, down * scale
+    left, top = (width - across) * drawn[2], (height - down) * drawn[3]
+    return Box(left, top, left + across, top + down)
 
 
-def _target(box: Box, need: ImageNeed) -> tuple[int, int]:
-    """Width and height that the box is resized to; smaller than the square on one side for `pad`."""
+def _target(box: Box, need: ImageNeed, shape: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that the box is resized to; smaller than `shape` (height, width) on one side for `pad`."""
     if need.resize != "pad":
-        return need.size, need.size
+        return shape[1], shape[0]
     width, height = box.right - box.left, box.bottom - box.top
-    scale = need.size / max(width, height)
+    scale = min(shape[1] / width, shape[0] / height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
@@ -135,7 +137,7 @@ def _decode_jpeg(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
     turned = header.orientation >= 5
     width, height = (header.height, header.width) if turned else (header.width, header.height)
     box = crop_box(width, height, need, drawn)
-    factor = _reduction(box, _target(box, need))
+    factor = _reduction(box, _target(box, need, need.shape(width, height)))
     # OpenCV and Pillow disagree on inverted CMYK; Pillow's reading is the usual one.
     if decoder == "opencv" and header.components in (1, 3):
         return _fit_opencv(_upright_array(_imdecode(data, factor), header.orientation), (width, height), box, need)
@@ -183,16 +185,18 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _fit(picture: Image.Image, full: tuple[int, int], box: Box, need: ImageNeed, decoder: Decoder) -> np.ndarray:
     if decoder == "opencv":
         return _fit_opencv(np.asarray(picture), full, box, need)
-    target = _target(box, need)
+    shape = need.shape(*full)
+    target = _target(box, need, shape)
     across, down = picture.width / full[0], picture.height / full[1]
     scaled = (box.left * across, box.top * down, box.right * across, box.bottom * down)
     if scaled != (0, 0, *picture.size) or target != picture.size:
         picture = picture.resize(target, Image.Resampling.BICUBIC, box=scaled)
-    return _on_white(np.asarray(picture), need.size)
+    return _on_white(np.asarray(picture), shape)
 
 
 def _fit_opencv(pixels: np.ndarray, full: tuple[int, int], box: Box, need: ImageNeed) -> np.ndarray:
-    target = _target(box, need)
+    shape = need.shape(*full)
+    target = _target(box, need, shape)
     height, width = pixels.shape[:2]
     across, down = width / full[0], height / full[1]
     left, top = int(box.left * across), int(box.top * down)
@@ -202,17 +206,17 @@ def _fit_opencv(pixels: np.ndarray, full: tuple[int, int], box: Box, need: Image
         cv2 = _cv2()
         smaller = target[0] <= pixels.shape[1] and target[1] <= pixels.shape[0]
         pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
-    return _on_white(pixels, need.size)
+    return _on_white(pixels, shape)
 
 
-def _on_white(pixels: np.ndarray, size: int) -> np.ndarray:
+def _on_white(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     height, width = pixels.shape[:2]
-    if (height, width) == (size, size):
+    if (height, width) == shape:
         return pixels
-    square = np.full((size, size, 3), 255, np.uint8)
-    top, left = (size - height) // 2, (size - width) // 2
-    square[top : top + height, left : left + width] = pixels
-    return square
+    sheet = np.full((*shape, 3), 255, np.uint8)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    sheet[top : top + height, left : left + width] = pixels
+    return sheet
 
 
 def _imdecode(data: bytes, factor: int) -> np.ndarray:

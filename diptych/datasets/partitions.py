@@ -172,8 +172,11 @@ def _size(shape: tuple[int, ...]) -> int | list[int]:
     return shape[0] if len(shape) == 1 else list(shape)
 
 
-def join_partitions(joined: Joined, manifest: Manifest, prefixes: Mapping[str, str], kind: Kind, sides: int = 1) -> None:
-    """Fill `joined` with the arrays of `prefixes` (name → prefix of its files) in its folder. Raises `ConfigError`."""
+def join_partitions(joined: Joined, manifest: Manifest, prefixes: Mapping[str, str], kind: Kind, sides: Mapping[str, int] = {}) -> None:
+    """Fill `joined` with the arrays of `prefixes` (name → prefix of its files) in its folder, whose rows have `sides` sides, or one.
+
+    Raises `ConfigError`.
+    """
     folder = joined.folder
     metadata = folders.list_files(storage.join(folder, "metadata"), ".parquet")
     numbers = [Path(path).stem.rpartition("_")[2] for path in metadata]
@@ -184,7 +187,7 @@ def join_partitions(joined: Joined, manifest: Manifest, prefixes: Mapping[str, s
             what = f"partition {absent[0]} without its counterpart" if listed and absent else f"no {prefix}/*.npy"
             raise ConfigError(kind.key, f"{folder}: {what}", f"metadata_P.parquet and {prefix}_P.npy for each partition P",
                               f"{kind.remedy} writes both; the task needs {name} {kind.words}s.")  # fmt: skip
-        files = open_all([listed[number] for number in numbers], name, kind, sides)
+        files = open_all([listed[number] for number in numbers], name, kind, sides.get(name, 1))
         joined.lookups[name] = Lookup(files, np.full(manifest.samples, MISSING, np.int32), np.zeros(manifest.samples, np.int64))
     matcher = _Matcher(manifest)
     for number, path in enumerate(metadata):

@@ -143,7 +143,8 @@ def read_rows(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: 
         arrays["tokens"], arrays["token_mask"] = _read_tokens(manifest, needs.tokens, found)
     bytes_read = 0
     if needs.image is not None:
-        arrays["image"], bytes_read = _read_images(source, manifest, needs.image, seed, found)
+        pictures, bytes_read = _read_images(source, manifest, needs.image, seed, found)
+        arrays |= pictures
     for index in found.by_index:
         for key, array in arrays.items():
             if key not in ("slot", "row"):
@@ -154,12 +155,13 @@ def read_rows(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: 
 def row_bytes(needs: Needs, source: OpenSource) -> int:
     """Bytes of one decoded row."""
     total = sum(np.dtype(FIELDS[key].dtype).itemsize for key in ("slot", "row", "weight"))
-    total += 3 * needs.image.size**2 if needs.image else 0
+    total += 3 * needs.image.size**2 + 8 * (needs.image.buckets is not None) if needs.image else 0
     total += 9 * needs.tokens.length if needs.tokens else 0
     kinds = [kind for kind in ("image", "text") if getattr(needs, f"{kind}_embedding") is not None]
     total += sum(4 * source.join.dim(kind) for kind in kinds if source.join is not None and kind in source.join.which)
     keys = needs.cached.keys if needs.cached else ()
-    return total + sum(2 * math.prod(cache.shape(key)) for cache in source.caches for key in cache.which if key in keys)
+    cached = [(key, cache.shape(key)) for cache in source.caches for key in cache.which if key in keys]
+    return total + sum(np.dtype(FIELDS[key].dtype).itemsize * math.prod(shape) for key, shape in cached)
 
 
 def _read_embeddings(join: EmbeddingJoin | None, which: str, need: EmbeddingNeed, retries: int, found: _Found) -> np.ndarray:
@@ -184,8 +186,12 @@ def _read_tokens(manifest: Manifest, need: TokenNeed, found: _Found) -> tuple[np
     return load_tokenizer(need.tokenizer).encode(captions.fill_null("").to_pylist(), need.length)
 
 
-def _read_images(source: SampleSource, manifest: Manifest, need: ImageNeed, seed: int, found: _Found) -> tuple[np.ndarray, int]:
+def _read_images(
+    source: SampleSource, manifest: Manifest, need: ImageNeed, seed: int, found: _Found
+) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
+    """`image`, with buckets also `bucket`; and the bytes read."""
     pixels = np.zeros((len(found.rows), need.size, need.size, 3), np.uint8)
+    bucket = np.zeros(len(found.rows), np.int64)
     places = _Places(*manifest.members(found.rows, IMAGE_EXTENSIONS))
     sizes = places.sizes
     for index in np.flatnonzero(sizes < 0).tolist():
@@ -201,10 +207,13 @@ def _read_images(source: SampleSource, manifest: Manifest, need: ImageNeed, seed
     for part in _parts(good, sizes):
         for index, data in _read_members(manifest, part, places, source.retries):
             try:
-                pixels[index] = images.decode_image(data, need, drawn[index], source.decoder)
+                picture = images.decode_image(data, need, drawn[index], source.decoder)
             except images.BadImageError as error:
                 found.add(index, "undecodable_image", str(error))
-    return pixels, int(sizes[good].sum())
+                continue
+            pixels[index].reshape(-1)[: picture.size].reshape(picture.shape)[:] = picture
+            bucket[index] = need.buckets.shapes.index(picture.shape[:2]) if need.buckets else 0
+    return {"image": pixels} | ({"bucket": bucket} if need.buckets else {}), int(sizes[good].sum())
 
 
 def _parts(order: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:

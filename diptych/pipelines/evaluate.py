@@ -129,7 +129,7 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[Batch]:
         from diptych.datasets.stream import LocalStream
-        from diptych.trainers.validation import to_device
+        from diptych.trainers.micro_batches import to_device
 
         device = next(self.trained.task.parameters()).device
         for share in LocalStream(self.spec, 0, 1, 0, None):
@@ -245,7 +245,7 @@ def _write(folder: Path, about: dict[str, Any], metrics: dict[str, float], evalu
     need = batches.spec.needs.image
     if need is not None:
         # People see more in the pictures than the model is given.
-        larger = Needs(image=replace(need, size=max(need.size, _SHOWN_PIXELS), flip=0.0))
+        larger = Needs(image=replace(need, size=max(need.size, _SHOWN_PIXELS), flip=0.0, buckets=None))
         found = read_rows(batches.spec.source, first["row"].cpu().numpy(), first["slot"].cpu().numpy(), larger, batches.spec.seed)
         write_grid(folder / f"step_{about['step']:08d}.jpg", found.arrays["image"])
 

@@ -176,7 +176,7 @@ def _callbacks(payload: dict[str, Any], config: RunConfig, attempt: Attempt, ran
 def _first_samples(spec: StreamSpec, count: int, task: Task) -> Batch:
     """The first held-out samples, read by this worker alone, on the task's device."""
     from diptych.datasets.stream import LocalStream
-    from diptych.trainers.validation import to_device
+    from diptych.trainers.micro_batches import to_device
 
     share = next(iter(LocalStream(replace(spec, global_batch_size=min(count, spec.selection.samples), micro_batches=1), 0, 1, 0, 1)))
     return to_device(share.arrays, next(task.parameters()).device)

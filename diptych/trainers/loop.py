@@ -13,7 +13,8 @@ from diptych.batches import Fault, StepBatch
 from diptych.config import RunConfig
 from diptych.trainers.guard import Guard
 from diptych.trainers.heartbeat import Heartbeat
-from diptych.trainers.objective import accumulate, loss_value
+from diptych.trainers.micro_batches import make_micro_batches
+from diptych.trainers.objective import accumulate, local_weights, loss_value
 from diptych.trainers.optim import learning_rate
 from diptych.trainers.precision import fast_attention
 from diptych.trainers.progress import Progress
@@ -21,7 +22,7 @@ from diptych.trainers.recorder import Recorder
 from diptych.trainers.strategies import Strategy
 from diptych.trainers.task import Batch, Task, Term
 from diptych.trainers.throughput import Throughput, peak_flops
-from diptych.trainers.validation import mean_terms, to_device, validate
+from diptych.trainers.validation import mean_terms, validate
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +91,9 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]], hear
         if share.step != progress.step:
             raise RuntimeError(f"the stream delivered step {share.step} where step {progress.step} was due; nothing was trained on it")
         session.recorder.rows(share)
-        batch = to_device(share.arrays, strategy.world.device)
-        batch |= strategy.task.draws(batch)
-        totals, stop, save = session.agree(share, batch)
-        terms, report = accumulate(strategy, batch, config.train.micro_batches, totals, seed=config.seed, step=progress.step)
+        micros = make_micro_batches(strategy.task, share.arrays, config.train.micro_batches, strategy.world.device)
+        totals, stop, save = session.agree(share, micros)
+        terms, report = accumulate(strategy, micros, totals, seed=config.seed, step=progress.step)
         lr = learning_rate(config.optim, config.train.steps, progress.step)
         norm = strategy.step(progress.step, lr)
         session.guard.watch(progress.step, norm)
@@ -113,6 +113,11 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]], hear
         if status:
             return status
     raise RuntimeError(f"the stream ended after step {progress.step} of {config.train.steps}")
+
+
+def _tokens(batch: Batch) -> torch.Tensor:
+    """Tokens of the texts of `batch`, `[]`."""
+    return (batch["token_mask"] * batch["weight"][:, None]).sum() if "token_mask" in batch else batch["weight"].new_zeros(())
 
 
 class _Session:
@@ -138,18 +143,17 @@ class _Session:
             log.info("precision %s (%s)", strategy.precision.name, strategy.precision.reason)
             log.info("optimizer state: %d bytes on this worker of %d", strategy.optimizer_bytes(), world.size)
 
-    def agree(self, share: StepBatch, batch: Batch) -> tuple[dict[str, torch.Tensor], bool, bool]:
+    def agree(self, share: StepBatch, micros: list[Batch]) -> tuple[dict[str, torch.Tensor], bool, bool]:
         """Weight of each term over the global batch, whether any worker wants to stop, or to save; one collective for all.
 
         Faults are counted in it too, and their names exchanged only where there are any.
         """
-        weights = self.strategy.task.weights(batch)
-        tokens = (batch["token_mask"] * batch["weight"][:, None]).sum() if "token_mask" in batch else batch["weight"].new_zeros(())
+        weights = local_weights(self.strategy.task, micros)
+        tokens = torch.stack([_tokens(micro) for micro in micros]).sum()
         device = self.strategy.world.device
         wishes = [float(self.callbacks.should_stop()), float(self.callbacks.should_save()), float(len(share.faults))]
         flags = torch.tensor(wishes, dtype=torch.float64)
-        parts = [weight.detach().double().reshape(()) for weight in weights.values()]
-        packed = torch.cat([torch.stack([*parts, tokens.double()]), flags.to(device)])
+        packed = torch.cat([torch.stack([*weights.values(), tokens.double()]), flags.to(device)])
         self.strategy.world.sum_(packed)
         self.tokens += packed[-4]
         self._report_faults(share.step, share.faults)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diptych.trainers.randomness import step_seed
 from diptych.trainers.strategies import Strategy
-from diptych.trainers.task import Batch, Output, Task, Term, iterate_micro_batches
+from diptych.trainers.task import Batch, Output, Task, Term
 from diptych.trainers.world import World
 
 
@@ -34,6 +34,12 @@ def weighted(task: Task, terms: dict[str, Term], totals: dict[str, Tensor]) -> T
         assert name in totals, f"{task.name}.weights() lacks the term {name!r} that its forward or contrast returns"
         parts.append(task.coefficients.get(name, 1.0) * term.sum.float() / totals[name].clamp_min(1e-12))
     return torch.stack(parts).sum()
+
+
+def local_weights(task: Task, micros: list[Batch]) -> dict[str, Tensor]:
+    """Weight of each loss term over `micros`, float64 `[]`; summed over workers they are the `totals` of a step."""
+    parts = [task.weights(micro) for micro in micros]
+    return {name: torch.stack([part[name].detach().double().reshape(()) for part in parts]).sum() for name in parts[0]}
 
 
 def loss_value(task: Task, figures: dict[str, float]) -> float:
@@ -87,27 +93,27 @@ def contrast(task: Task, world: World, local: dict[str, Tensor], weight: Tensor,
 
 
 def accumulate(
-    strategy: Strategy, batch: Batch, micro_batches: int, totals: dict[str, Tensor], *, seed: int, step: int
+    strategy: Strategy, micros: list[Batch], totals: dict[str, Tensor], *, seed: int, step: int
 ) -> tuple[dict[str, Term], dict[str, Term]]:
-    """Forward and backward of this worker's share of one step, which holds its draws; gradients are left for `Strategy.step`.
+    """Forward and backward of this worker's share of one step, micro-batches with their draws; gradients are left for `Strategy.step`.
 
-    Returns the local loss terms and the local report. `totals` holds each term's weight over the global batch.
+    Returns the local loss terms and the local report. `totals` holds each term's weight over the global batch. Workers may have different
+    numbers of micro-batches, of different sizes, where the task does not contrast.
     """
     task, world = strategy.task, strategy.world
-    micros = list(iterate_micro_batches(batch, micro_batches))
-    seeds = [step_seed(seed, step, index, world.rank) for index in range(micro_batches)]
+    seeds = [step_seed(seed, step, index, world.rank) for index in range(len(micros))]
     terms: dict[str, Term] = {}
     report: dict[str, Term] = {}
-    compared = _gather_first(strategy, micros, seeds, batch["weight"], totals) if micro_batches > 1 else None
+    compared = _gather_first(strategy, micros, seeds, totals) if len(micros) > 1 else None
     for index, micro in enumerate(micros):
-        last = index == micro_batches - 1
+        last = index == len(micros) - 1
         torch.manual_seed(seeds[index])
         output: Output = strategy.forward(micro, last)
         if output.features and compared is None:
             compared = contrast(task, world, output.features, micro["weight"], totals)
         loss = weighted(task, output.terms, totals) if output.terms else micro["weight"].new_zeros(())
         if compared is not None:
-            loss = loss + compared.surrogate(output.features, index, micro_batches * world.size)
+            loss = loss + compared.surrogate(output.features, index, len(micros) * world.size)
         strategy.backward(loss, last)
         add_terms(terms, output.terms)
         add_terms(report, output.report)
@@ -116,7 +122,7 @@ def accumulate(
     return terms, report
 
 
-def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], weight: Tensor, totals: dict[str, Tensor]) -> Contrast | None:
+def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], totals: dict[str, Tensor]) -> Contrast | None:
     """Features of all micro-batches, without gradients and from the same random state as the forward passes to come."""
     parts = []
     for micro, seed in zip(micros, seeds, strict=True):
@@ -126,4 +132,4 @@ def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], wei
             return None
         parts.append(features)
     local = {name: value if value.ndim == 0 else torch.cat([part[name] for part in parts]) for name, value in parts[0].items()}
-    return contrast(strategy.task, strategy.world, local, weight, totals)
+    return contrast(strategy.task, strategy.world, local, torch.cat([micro["weight"] for micro in micros]), totals)

@@ -9,7 +9,7 @@ loss sees the whole global batch however it was split.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -181,7 +181,8 @@ class Task(nn.Module, abc.ABC):
     def show(self, batch: Batch) -> Table | None:
         """A row per sample of a small held-out batch, for people to look at: captions made beside the true ones, ….
 
-        Called after each validation, under `no_grad` and `eval()`, on one worker; None where there is nothing to see.
+        Called after each validation, under `no_grad` and `eval()`, on one worker; None where there is nothing to see. Pictures with buckets
+        stand in rows of the square, see `AspectBuckets`.
         """
         return None
 
@@ -210,12 +211,3 @@ def synthetic_rows(batch_size: int) -> Batch:
     """The keys of `batches.Slots` for an `example_batch`: slots 0…B−1, all of weight one."""
     slots = torch.arange(batch_size)
     return {"slot": slots, "row": slots.clone(), "weight": torch.ones(batch_size)}
-
-
-def iterate_micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    """Cut `batch` into `count` equal micro-batches along B (the stream pads B to a multiple of `count`)."""
-    size = batch["weight"].shape[0]
-    assert size % count == 0, (size, count)
-    step = size // count
-    for start in range(0, size, step):
-        yield {key: value[start : start + step] for key, value in batch.items()}

@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diptych.batches import Fault, StepBatch
+from diptych.trainers.micro_batches import make_micro_batches
 from diptych.trainers.objective import add_terms, loss_value
 from diptych.trainers.randomness import step_seed
 from diptych.trainers.strategies import Strategy
-from diptych.trainers.task import Batch, Task, Term
+from diptych.trainers.task import Task, Term
 from diptych.trainers.world import World
-
-
-def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> Batch:
-    """Arrays of a share as tensors on `device`, through pinned memory where that is another one."""
-    batch = {}
-    for key, array in arrays.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        batch[key] = tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-    return batch
 
 
 def mean_terms(world: World, terms: dict[str, Term]) -> dict[str, float]:
@@ -49,17 +40,16 @@ def validate(
     losses: set[str] = set()
     with _evaluating(strategy):
         for index, share in enumerate(batches):
-            batch = to_device(share.arrays, world.device)
-            batch |= task.draws(batch)
             torch.manual_seed(step_seed(seed, -1, index, world.rank))
-            result = strategy.validate(batch)
-            losses |= set(task.weights(batch))
-            add_terms(terms, result.terms)
-            if result.features:
-                add_terms(terms, _global_contrast(task, world, result.features, batch["weight"]))
-            if result.rows:
-                for key, value in (result.rows | {"slot": batch["slot"], "weight": batch["weight"]}).items():
-                    rows.setdefault(key, []).append(value.detach())
+            for batch in make_micro_batches(task, share.arrays, 1, world.device):
+                result = strategy.validate(batch)
+                losses |= set(task.weights(batch))
+                add_terms(terms, result.terms)
+                if result.features:
+                    add_terms(terms, _global_contrast(task, world, result.features, batch["weight"]))
+                if result.rows:
+                    for key, value in (result.rows | {"slot": batch["slot"], "weight": batch["weight"]}).items():
+                        rows.setdefault(key, []).append(value.detach())
             samples += float(share.arrays["weight"].sum())
             found(index, share.faults)
         figures = mean_terms(world, terms)

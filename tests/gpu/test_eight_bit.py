@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support_training import PairTask, assert_identical, pair_config, stream_from
 
-from diptych.trainers.objective import accumulate
+from diptych.trainers.micro_batches import make_micro_batches
+from diptych.trainers.objective import accumulate, local_weights
 from diptych.trainers.strategies import Strategy, make_strategy
-from diptych.trainers.validation import to_device
 
 pytestmark = pytest.mark.gpu
 
@@ -17,9 +17,9 @@ def advance(strategy: Strategy, first: int, last: int) -> None:
     for share in stream_from(pair_config(), 0, 1, first):
         if share.step == last:
             return
-        batch = to_device(share.arrays, strategy.world.device)
-        batch |= strategy.task.draws(batch)
-        accumulate(strategy, batch, 1, strategy.task.weights(batch), seed=0, step=share.step)
+        micros = make_micro_batches(strategy.task, share.arrays, 1, strategy.world.device)
+        totals = {name: weight.float() for name, weight in local_weights(strategy.task, micros).items()}
+        accumulate(strategy, micros, totals, seed=0, step=share.step)
         strategy.step(share.step, 1e-2)
 
 

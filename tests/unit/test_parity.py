@@ -29,7 +29,8 @@ from diptych.batches import StepBatch
 from diptych.config import RunConfig, TrainConfig, task_names
 from diptych.trainers.attempts import read_attempts
 from diptych.trainers.journal import read_metrics
-from diptych.trainers.objective import accumulate
+from diptych.trainers.micro_batches import make_micro_batches
+from diptych.trainers.objective import accumulate, local_weights
 from diptych.trainers.runfolder import RunFolder
 from diptych.trainers.strategies import make_strategy
 from diptych.trainers.validation import mean_terms
@@ -47,10 +48,10 @@ def losses_and_gradients(names: list[str], micro_batches: list[int]) -> dict[tup
             world = strategy.world
             task.eval()
             whole = task.example_batch(SAMPLES, seed=5)
-            batch = share(whole, world.rank, world.size, count)
-            batch |= task.draws(batch)
-            totals = {term: world.sum_(weight.detach().double().reshape(())).float() for term, weight in task.weights(batch).items()}
-            terms, _ = accumulate(strategy, batch, count, totals, seed=1, step=0)
+            rows = share(whole, world.rank, world.size, count)
+            micros = make_micro_batches(task, {key: value.numpy() for key, value in rows.items()}, count, world.device)
+            totals = {term: world.sum_(weight).float() for term, weight in local_weights(task, micros).items()}
+            terms, _ = accumulate(strategy, micros, totals, seed=1, step=0)
             gradients = {key: parameter.grad.clone() for key, parameter in task.named_parameters() if parameter.grad is not None}
             found[name, count] = (mean_terms(world, terms), gradients)
     return found

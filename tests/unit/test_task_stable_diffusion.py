@@ -107,7 +107,7 @@ def test_twenty_steps_are_diffusers_own(pipelines, version, lora, options):
     strategy = make_strategy(config, task)
     losses = []
     for step, batch in enumerate(batches):
-        terms, _ = accumulate(strategy, batch, 1, task.weights(batch), seed=0, step=step)
+        terms, _ = accumulate(strategy, [batch], task.weights(batch), seed=0, step=step)
         strategy.step(step, 1e-3)
         losses.append(float(terms["diffusion"].sum / terms["diffusion"].weight))
     expected = peer_losses(pipelines[version], batches, lora=lora, options=options, lr=1e-3)
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_the_frozen_weights_restores_a_run(pipelines):
     config = RunConfig(task=make(pipelines[1], "train=lora").config, train=TrainConfig(precision="fp32"))
     first = make_strategy(config, make(pipelines[1], "train=lora", seed=1))
     batch = drawn(first.task)
-    accumulate(first, batch, 1, first.task.weights(batch), seed=0, step=0)
+    accumulate(first, [batch], first.task.weights(batch), seed=0, step=0)
     first.step(0, 1e-2)
     state = first.state()
     assert sum(value.numel() for value in state.weights.values()) < 20_000

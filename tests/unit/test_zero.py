@@ -33,7 +33,8 @@ from diptych.batches import StepBatch
 from diptych.config import ConfigError, OptimConfig, RunConfig, TrainConfig, task_names
 from diptych.trainers.guard import Diverged
 from diptych.trainers.loop import Callbacks
-from diptych.trainers.objective import accumulate, loss_value
+from diptych.trainers.micro_batches import make_micro_batches
+from diptych.trainers.objective import accumulate, local_weights, loss_value
 from diptych.trainers.strategies import make_strategy
 from diptych.trainers.task import Task
 from diptych.trainers.validation import mean_terms
@@ -266,10 +267,10 @@ def twenty_steps(names: list[str], strategies: list[str]) -> dict[tuple[str, str
         world, losses = trained.world, []
         for step in range(20):
             task.eval()
-            batch = share(task.example_batch(SAMPLES, seed=step), world.rank, world.size, 2)
-            batch |= task.draws(batch)
-            totals = {term: world.sum_(weight.detach().double().reshape(())).float() for term, weight in task.weights(batch).items()}
-            terms, _ = accumulate(trained, batch, 2, totals, seed=1, step=step)
+            rows = share(task.example_batch(SAMPLES, seed=step), world.rank, world.size, 2)
+            micros = make_micro_batches(task, {key: value.numpy() for key, value in rows.items()}, 2, world.device)
+            totals = {term: world.sum_(weight).float() for term, weight in local_weights(task, micros).items()}
+            terms, _ = accumulate(trained, micros, totals, seed=1, step=step)
             losses.append(loss_value(task, mean_terms(world, terms)))
             trained.step(step, 1e-4)
         found[name, strategy] = (losses, trained.state())
