@@ -120,12 +120,12 @@ def forward(source: Path, work: Path, batch: int, count: int, threads: int, repe
     worker = EmbedWorker(embed.prepare(str(source / "shards"), str(work / "vit-out"), options))
     assert isinstance(worker.work, EmbedWork)
     rows = np.arange(count)
-    ready = [found.pixels for found in worker._ahead([rows[first : first + batch] for first in range(0, count, batch)])]
+    pieces = [rows[first : first + batch] for first in range(0, count, batch)]
+    ready = [stack.pixels for found in worker._ahead(pieces) for stack in found.stacks or ()]
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     for turn in range(repeat + 1):
         started = time.perf_counter()
         for pixels in ready:
-            assert pixels is not None
             worker.work.embedder.images(pixels)
         between = time.perf_counter()
         done = sum(len(found.rows) for found, _ in worker.embed(rows))

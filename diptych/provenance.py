@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diptych.batches import AspectBuckets
+
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _DESCRIPTIONS = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
@@ -40,12 +42,18 @@ def weights_digest(model: str) -> str:
     return digest.hexdigest()
 
 
-def latents(model: str, size: int, resize: str = "center_crop", min_scale: float = 1.0) -> dict[str, Any]:
+def latents(
+    model: str, size: int, resize: str = "center_crop", min_scale: float = 1.0, buckets: AspectBuckets | None = None
+) -> dict[str, Any]:  # fmt: skip
     """What `cache latents` records that a task must agree with: the VAE and the pixels that it saw.
 
     `model` is a pipeline's folder with `vae/`, a VAE's own folder, or a hub name; the others as in `batches.ImageNeed`.
     """
-    return {"model": model_identity(component(model, "vae")), "size": size, "resize": resize, "min_scale": min_scale}
+    # None is what a cache of squares that is older than buckets says of them.
+    shapes = [f"{width}x{height}" for height, width in buckets.shapes] if buckets else None
+    return {
+        "model": model_identity(component(model, "vae")), "size": size, "resize": resize, "min_scale": min_scale, "buckets": shapes
+    }  # fmt: skip
 
 
 def text_states(model: str) -> dict[str, Any]:

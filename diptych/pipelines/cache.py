@@ -14,7 +14,7 @@ import pydantic
 import typer
 
 from diptych import provenance
-from diptych.batches import CACHES, ImageNeed
+from diptych.batches import CACHES, AspectBuckets, ImageNeed
 from diptych.config import ConfigError, build
 from diptych.pipelines import embed_pool
 from diptych.pipelines.console import finish, note, show_faults, would
@@ -36,7 +36,13 @@ class CacheOptions(embed_pool.PoolOptions):
     size: int = pydantic.Field(0, ge=0)
     """Side of the square that the model sees, in pixels; 0 = what the model was made for."""
     resize: Literal["center_crop", "random_crop", "pad", "squash"] = "center_crop"
-    """How a picture becomes square, as in training."""
+    """How a picture reaches its shape, as in training."""
+    aspect_buckets: bool = False
+    """Each picture in the nearest of several shapes instead of the square, as `task.aspect_buckets`; latents only."""
+    bucket_reso_steps: int = pydantic.Field(64, ge=1)
+    """Sides of the shapes are multiples of this, in pixels."""
+    max_aspect: float = pydantic.Field(2.0, ge=1)
+    """Longer side of a shape over its shorter one, at most."""
     min_scale: float = pydantic.Field(1.0, gt=0, le=1)
     """Smallest share of the area that `random_crop` keeps."""
     crops: int = pydantic.Field(1, ge=1)
@@ -106,20 +112,33 @@ def _pictures(kind: str, options: CacheOptions) -> tuple[Work, dict[str, Any]]:
     if kind == "latents":
         config = describe(options.model, "vae")
         size, multiple = options.size or int(config["sample_size"]), 2 ** (len(config["block_out_channels"]) - 1)
-        about = provenance.latents(options.model, size, options.resize, options.min_scale)
+        buckets = _buckets(options, size, multiple)
+        about = provenance.latents(options.model, size, options.resize, options.min_scale, buckets)
     else:
         config = describe(options.model, "image_encoder")
-        size, multiple = options.size or int(config["image_size"]), int(config["patch_size"])
+        size, multiple, buckets = options.size or int(config["image_size"]), int(config["patch_size"]), None
+        if options.aspect_buckets:
+            raise ConfigError("--aspect-buckets", True, "false for image-states", "CLIP sees squares.")
         if abs(options.layer) > config["num_hidden_layers"] + (options.layer < 0):
             raise ConfigError("--layer", options.layer, f"-1, or 0 to {config['num_hidden_layers']}")
         about = provenance.image_states(options.model, size, options.layer) | {"resize": options.resize, "min_scale": options.min_scale}
     if size % multiple:
         raise ConfigError("--size", size, f"a multiple of {multiple}, the pixels of one place of the model")
-    need, decoder = ImageNeed(size, options.resize, min_scale=options.min_scale), choose_decoder(options.decoder)
+    need = ImageNeed(size, options.resize, min_scale=options.min_scale, buckets=buckets)
+    decoder = choose_decoder(options.decoder)
     work = PictureWork(
         options.model, kind, need, options.seed, options.crops, options.flips, decoder, options.precision, options.batch_size, options.layer
     )  # fmt: skip
     return work, about | {"crops": options.crops, "flips": options.flips, "seed": options.seed, "decoder": decoder}
+
+
+def _buckets(options: CacheOptions, size: int, multiple: int) -> AspectBuckets | None:
+    if not options.aspect_buckets:
+        return None
+    step = options.bucket_reso_steps
+    if size % step or step % multiple:
+        raise ConfigError("--bucket-reso-steps", step, f"a divisor of the size {size}, and a multiple of {multiple}")
+    return AspectBuckets.of(size, step, options.max_aspect)
 
 
 def _texts(options: CacheOptions) -> tuple[Work, dict[str, Any]]:
@@ -145,6 +164,9 @@ def command(
     size: Annotated[int, typer.Option(help="side of the square that the model sees; 0 = the model's own")] = 0,
     resize: Annotated[str, typer.Option(help="center_crop, random_crop, pad or squash")] = "center_crop",
     min_scale: Annotated[float, typer.Option(help="smallest share of the area that random_crop keeps")] = 1.0,
+    aspect_buckets: Annotated[bool, typer.Option("--aspect-buckets", help="the nearest of several shapes instead of the square")] = False,
+    bucket_reso_steps: Annotated[int, typer.Option(help="sides of those shapes are multiples of this, in pixels")] = 64,
+    max_aspect: Annotated[float, typer.Option(help="longer side of those shapes over the shorter one, at most")] = 2.0,
     crops: Annotated[int, typer.Option(help="random crops of each picture")] = 1,
     flips: Annotated[bool, typer.Option("--flips", help="also cache mirror images")] = False,
     length: Annotated[int, typer.Option(help="tokens of a caption; 0 = all that the text encoder takes")] = 0,
@@ -168,7 +190,8 @@ def command(
     Example: diptych cache latents shards/ latents/ --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 512 --flips
     """
     options = {
-        "model": model, "size": size, "resize": resize, "min_scale": min_scale, "crops": crops, "flips": flips, "length": length,
+        "model": model, "size": size, "resize": resize, "aspect_buckets": aspect_buckets, "bucket_reso_steps": bucket_reso_steps,
+        "max_aspect": max_aspect, "min_scale": min_scale, "crops": crops, "flips": flips, "length": length,
         "layer": layer, "seed": seed, "decoder": decoder, "precision": precision, "batch_size": batch_size,
         "partition_size": partition_size, "actors": actors, "cpus_per_actor": cpus_per_actor, "gpus_per_actor": gpus_per_actor,
         "keep": keep, "manifest": manifest, "address": address,

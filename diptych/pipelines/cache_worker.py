@@ -1,6 +1,6 @@
 """What an actor of `diptych cache` makes of samples: latents, text states, image states, as `embed_worker` writes them.
 
-Shape legend: B samples, V variants (crops, each followed by its mirror image if there are flips), S pixels of the square.
+Shape legend: B samples, V variants (crops, each followed by its mirror image if there are flips), H and W pixels.
 """
 
 from __future__ import annotations
@@ -44,16 +44,30 @@ class PictureWork(Work):
         self._encoder = FrozenEncoder(self.model, "vae" if self.kind == "latents" else "image_encoder", device, self.precision)
 
     def ready(self, data: bytes, row: int) -> np.ndarray:
-        """uint8 [V, S, S, 3]"""
+        """uint8 [V, H, W, 3]"""
         return images.decode_variants(data, self.need, self.seed, row, self.crops, self.flips, self.decoder)
 
     def encode(self, pixels: np.ndarray | None, captions: list[str]) -> dict[str, np.ndarray]:
-        """float32 [B, V, …] by key of the batch."""
+        """float32 [B, V, …] by key of the batch; with buckets in rows of the square, as `AspectBuckets` lays them out."""
         assert pixels is not None
         samples, variants = pixels.shape[:2]
         flat = pixels.reshape(samples * variants, *pixels.shape[2:])
         parts = [self._forward(flat[first : first + self.batch_size]) for first in range(0, len(flat), self.batch_size)]
-        return {key: np.concatenate([part[key] for part in parts]).reshape(samples, variants, *parts[0][key].shape[1:]) for key in parts[0]}
+        made = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if self.need.buckets is not None:
+            bucket = self.need.buckets.shapes.index(flat.shape[1:3])
+            made = {key: self._in_row(values, flat.shape[1]) for key, values in made.items()}
+            made["bucket"] = np.full(len(flat), bucket, np.float32)
+        return {key: values.reshape(samples, variants, *values.shape[1:]) for key, values in made.items()}
+
+    def _in_row(self, latents: np.ndarray, height: int) -> np.ndarray:
+        """[N, C, h, w] of pictures of `height` pixels → [N, C, s, s] with the values first, zeros behind."""
+        count, channels, high = latents.shape[:3]
+        side = self.need.size * high // height
+        rows = np.zeros((count, channels, side, side), latents.dtype)
+        flat = latents.reshape(count, -1)
+        rows.reshape(count, -1)[:, : flat.shape[1]] = flat
+        return rows
 
     def empty(self) -> dict[str, np.ndarray]:
         """See `Work.empty`."""

@@ -47,11 +47,11 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def ready(self, data: bytes, row: int) -> np.ndarray:
-        """uint8, the same shape for all: an encoded picture of manifest row `row` made ready. Raises what decoding raises."""
+        """uint8: an encoded picture of manifest row `row` made ready. Raises what decoding raises."""
 
     @abc.abstractmethod
     def encode(self, pixels: np.ndarray | None, captions: list[str]) -> dict[str, np.ndarray]:
-        """float [B, …] by array of the layout, of B ≥ 1 samples."""
+        """float [B, …] by array of the layout, of B ≥ 1 samples whose pictures have one shape."""
 
     @abc.abstractmethod
     def empty(self) -> dict[str, np.ndarray]:
@@ -119,6 +119,15 @@ class EmbedSpec:
         return replace(self, selection=self.selection.save(path))
 
 
+class Stack(NamedTuple):
+    """Ready pictures of one shape."""
+
+    places: np.ndarray
+    """int64 [b]: which of the batch's samples they are."""
+    pixels: np.ndarray
+    """uint8 [b, …], as `Work.ready` made them."""
+
+
 class Batch(NamedTuple):
     """Samples that are ready for the model."""
 
@@ -127,8 +136,8 @@ class Batch(NamedTuple):
     keys: list[str]
     shards: list[str]
     captions: list[str | None]
-    pixels: np.ndarray | None
-    """uint8 [B, …], as `Work.ready` made them."""
+    stacks: list[Stack] | None
+    """Their pictures; None where none are read."""
     faults: list[Fault]
 
 
@@ -175,9 +184,17 @@ class EmbedWorker:
         pieces = [rows[first : first + size] for first in range(0, len(rows), size)]
         for batch in self._ahead(pieces):
             with self.turn:
-                captions = [caption or "" for caption in batch.captions]
-                vectors = self.work.encode(batch.pixels, captions) if len(batch.rows) else self.work.empty()
+                vectors = self._encode(batch) if len(batch.rows) else self.work.empty()
             yield batch, vectors
+
+    def _encode(self, batch: Batch) -> dict[str, np.ndarray]:
+        """float32 [B, …] by array, in the order of the samples."""
+        captions = [caption or "" for caption in batch.captions]
+        if batch.stacks is None:
+            return self.work.encode(None, captions)
+        made = [self.work.encode(stack.pixels, [captions[place] for place in stack.places.tolist()]) for stack in batch.stacks]
+        order = np.argsort(np.concatenate([stack.places for stack in batch.stacks]))
+        return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
 
     def _ahead(self, pieces: Iterable[np.ndarray]) -> Iterator[Batch]:
         """`prepare` of every piece, in order, a bounded number of them ahead."""
@@ -211,17 +228,22 @@ class EmbedWorker:
                     except Exception as error:  # Decoders raise OSError, SyntaxError, struct.error, … on damaged bytes.
                         bad[index] = ("undecodable_image", f"{type(error).__name__}: {error}")
         good = [index for index in range(len(rows)) if index not in bad]
-        stacked = None
-        if "image" in self.work.reads:
-            stacked = np.stack([pixels[index] for index in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
         return Batch(
             rows[good],
             [keys[index] for index in good],
             [shards[index] for index in good],
             [captions[index] for index in good],
-            stacked,
+            _stacks([pixels[index] for index in good]) if "image" in self.work.reads else None,
             [Fault(shards[index], keys[index], *bad[index]) for index in sorted(bad)],
         )
+
+
+def _stacks(pictures: list[np.ndarray]) -> list[Stack]:
+    """`pictures`, those of one shape together."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        places.setdefault(picture.shape, []).append(place)
+    return [Stack(np.array(found, np.int64), np.stack([pictures[place] for place in found])) for found in places.values()]
 
 
 def _to_half(values: np.ndarray) -> np.ndarray:

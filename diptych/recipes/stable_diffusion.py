@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from diptych import provenance
-from diptych.batches import CachedNeed, ImageNeed, Needs, TokenNeed
+from diptych.batches import AspectBuckets, CachedNeed, ImageNeed, Needs, TokenNeed
 from diptych.config import (
     Config,
     ConfigError,
@@ -91,8 +91,14 @@ class StableDiffusionConfig(TaskConfig):
     """Tokens of a caption, start, end and padding included."""
     image_size: int = pydantic.Field(512, ge=8)
     """Side of the square picture, in pixels; a multiple of what the VAE and the U-Net divide by."""
+    aspect_buckets: bool = False
+    """Each picture is resized and cropped to the nearest in aspect of several shapes of at most `image_size`² pixels, not to the square."""
+    bucket_reso_steps: int = pydantic.Field(64, ge=1)
+    """Sides of the shapes, and `image_size`, are multiples of this, in pixels, itself one of what the VAE and the U-Net divide by."""
+    max_aspect: float = pydantic.Field(2.0, ge=1)
+    """Longer side of a shape over its shorter one, at most."""
     resize: Literal["center_crop", "random_crop", "pad", "squash"] = "center_crop"
-    """How images reach the square input."""
+    """How images reach the shape of the input."""
     flip: float = pydantic.Field(0.0, ge=0, le=1)
     """Probability of a horizontal flip. Captions that name left and right need 0."""
     min_scale: float = pydantic.Field(1.0, gt=0, le=1)
@@ -136,6 +142,10 @@ class StableDiffusionConfig(TaskConfig):
             raise ConfigError("task.cached", "text-states", "latents where the text encoder is fresh", "Set task.pretrained.")
         if "latents" in self.cached and not (self.pretrained or self.vae):
             raise ConfigError("task.cached", "latents", "a VAE that has learned", "Set task.pretrained or task.vae.")
+        if self.aspect_buckets and self.train == "vae":
+            raise ConfigError("task.aspect_buckets", True, "false under task.train=vae", "Crops of any size teach a VAE all shapes.")
+        if self.aspect_buckets and self.image_size % self.bucket_reso_steps:
+            raise ConfigError("task.bucket_reso_steps", self.bucket_reso_steps, f"a divisor of task.image_size = {self.image_size}")
         return self
 
     def _check_start(self) -> None:
@@ -148,8 +158,7 @@ class StableDiffusionConfig(TaskConfig):
                     "task.tokenizer", spec, "train:<vocabulary size>, a folder or a hub name for a fresh model", "Example: train:256"
                 )
             multiple = self.vae_factor * 2 ** (len(self.architecture.channels) - 1)
-            if self.image_size % multiple:
-                raise ConfigError("task.image_size", self.image_size, f"a multiple of {multiple} for these levels of VAE and U-Net")
+            self.check_multiple(multiple)
         elif self.tokenizer.startswith("train:"):
             raise ConfigError("task.tokenizer", self.tokenizer, "the tokenizer of task.pretrained", "Leave it empty.")
         for key in ("channels", "vae_channels"):
@@ -159,6 +168,18 @@ class StableDiffusionConfig(TaskConfig):
             raise ConfigError("task.architecture.text_width", self.architecture.text_width, "a multiple of task.architecture.text_heads")
         if any(width % self.architecture.heads for width in self.architecture.channels):
             raise ConfigError("task.architecture.heads", self.architecture.heads, "a divisor of each of task.architecture.channels")
+
+    def check_multiple(self, multiple: int) -> None:
+        """Refuse sides that are no multiples of the pixels by which VAE and U-Net divide them."""
+        if self.image_size % multiple:
+            raise ConfigError("task.image_size", self.image_size, f"a multiple of {multiple} for this VAE and U-Net")
+        if self.aspect_buckets and self.bucket_reso_steps % multiple:
+            raise ConfigError("task.bucket_reso_steps", self.bucket_reso_steps, f"a multiple of {multiple} for this VAE and U-Net")
+
+    @property
+    def shape_buckets(self) -> AspectBuckets | None:
+        """The shapes that `aspect_buckets` asks for."""
+        return AspectBuckets.of(self.image_size, self.bucket_reso_steps, self.max_aspect) if self.aspect_buckets else None
 
     @property
     def vae_factor(self) -> int:
@@ -179,14 +200,15 @@ class StableDiffusionConfig(TaskConfig):
 
     def needs(self) -> Needs:
         """Pictures or their latents, and token ids of the captions or the states of the text encoder."""
-        image = ImageNeed(self.image_size, resize=self.resize, flip=self.flip, min_scale=self.min_scale)
+        image = ImageNeed(self.image_size, resize=self.resize, flip=self.flip, min_scale=self.min_scale, buckets=self.shape_buckets)
         if self.train == "vae":
             return Needs(image=image)
         keys: tuple[str, ...] = ()
         expected: dict[str, dict[str, Any]] = {}
         if "latents" in self.cached:
-            keys += ("latent_mean", "latent_logvar")
-            expected["latents"] = provenance.latents(self.vae or self.pretrained, self.image_size, self.resize, self.min_scale)
+            keys += ("latent_mean", "latent_logvar", *(("bucket",) if self.aspect_buckets else ()))
+            model = self.vae or self.pretrained
+            expected["latents"] = provenance.latents(model, self.image_size, self.resize, self.min_scale, self.shape_buckets)
         if "text-states" in self.cached:
             keys += ("text_states",)
             expected["text-states"] = provenance.text_states(self.pretrained)

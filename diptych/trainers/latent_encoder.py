@@ -2,7 +2,7 @@
 
 The same functions serve `diptych cache` and tasks that encode in each step, so that cached members equal what would be computed.
 Sources: diffusers (AutoencoderKL), transformers (CLIPTextModel, CLIPVisionModel).
-Shape legend: B rows, S pixels of a square, C channels and h, w places of a latent, L tokens, T places of CLIP's states, D their width.
+Shape legend: B rows, H, W and S pixels (S of a square), C channels and h, w places of a latent, L tokens, T places of CLIP's states, D their width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Posterior(NamedTuple):
 
 
 def encode_posterior(vae: AutoencoderKL, image: Tensor) -> Posterior:
-    """The VAE's posterior of uint8 `[B, S, S, 3]`."""
+    """The VAE's posterior of uint8 `[B, H, W, 3]`."""
     found = vae.encode(pixels(image)).latent_dist
     return Posterior(found.mean, found.logvar)
 
@@ -107,7 +107,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def latents(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 `[B, S, S, 3]` → float32 `latent_mean`, `latent_logvar` `[B, C, h, w]`."""
+        """uint8 `[B, H, W, 3]` → float32 `latent_mean`, `latent_logvar` `[B, C, h, w]`."""
         with self.precision.autocast():
             found = encode_posterior(self.model, torch.from_numpy(image).to(self.device))
         return {"latent_mean": _array(found.mean), "latent_logvar": _array(found.logvar)}

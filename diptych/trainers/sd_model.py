@@ -194,9 +194,7 @@ def _check(config: StableDiffusionConfig, parts: SdParts, vocabulary: Vocabulary
         raise ConfigError("task.tokenizer", f"{vocabulary.size} ids", f"at most the text encoder's {text_encoder.config.vocab_size}")
     if config.context_length > text_encoder.config.max_position_embeddings:
         raise ConfigError("task.context_length", config.context_length, f"at most {text_encoder.config.max_position_embeddings}")
-    multiple = vae_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
-    if config.image_size % multiple:
-        raise ConfigError("task.image_size", config.image_size, f"a multiple of {multiple} for this VAE and U-Net")
+    config.check_multiple(vae_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1))
 
 
 def freeze_but(config: StableDiffusionConfig, parts: SdParts) -> None:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+from diptych.trainers.micro_batches import in_shape
 from diptych.trainers.pictures import PictureRequest, PictureSettings, to_uint8
 from diptych.trainers.sd_model import pixels
 from diptych.trainers.sd_painter import SdPainter
@@ -39,7 +41,7 @@ def show_pictures(task: StableDiffusionTask, batch: Batch) -> Table | None:
     if base is not None:
         columns = {"base": base} | columns
     if not config.show_prompts and "image" in batch:
-        columns = {"true": batch["image"][: len(prompts)].cpu().numpy()} | columns
+        columns = {"true": _true_pictures(task, batch, len(prompts))} | columns
     beside = np.stack(list(columns.values()), axis=1).reshape(-1, *first.shape[1:])
     grids = (Grid("prompts", beside, len(columns)), Grid("seeds", now, config.show_count))
     title = f"Pictures of prompts ({', '.join(columns)}); seeds 0 to {config.show_count - 1}"
@@ -56,6 +58,15 @@ def show_reconstructions(task: StableDiffusionTask, batch: Batch) -> Table:
     rows = [[f"{10 * np.log10(255**2 / max(value, 1e-9)):.1f} dB"] for value in error]
     beside = np.stack([true, made_bytes], axis=1).reshape(-1, *true.shape[1:])
     return Table("Reconstructions beside the pictures", ["signal to noise"], rows, (Grid("reconstructions", beside, 2 * 4),))
+
+
+def _true_pictures(task: StableDiffusionTask, batch: Batch, count: int) -> np.ndarray:
+    """uint8 `[count, S, S, 3]`, whole pictures on white where they have buckets."""
+    images, buckets = batch["image"][:count].cpu().numpy(), task.config.shape_buckets
+    if buckets is None:
+        return images
+    shaped = [in_shape(image[None], "image", bucket, buckets)[0] for image, bucket in zip(images, batch["bucket"].tolist(), strict=False)]
+    return np.stack([np.asarray(ImageOps.pad(Image.fromarray(image), (buckets.size, buckets.size), color="white")) for image in shaped])
 
 
 def _captions(task: StableDiffusionTask, batch: Batch) -> list[str]:

@@ -72,8 +72,8 @@ class StableDiffusionTask(Task):
     def _latent_shape(self, batch: Batch) -> tuple[int, ...]:
         if "latent_mean" in batch:
             return tuple(batch["latent_mean"].shape[1:])
-        side = batch["image"].shape[1] // vae_factor(self.parts.vae)
-        return (self.parts.vae.config.latent_channels, side, side)
+        factor = vae_factor(self.parts.vae)
+        return (self.parts.vae.config.latent_channels, *(side // factor for side in batch["image"].shape[1:3]))
 
     def draws(self, batch: Batch) -> Batch:
         """`noise` and `posterior_noise` `[B, C, h, w]`, `timestep` `[B]`, `keep_caption` bool `[B]`, and the noise that options ask for."""
@@ -192,6 +192,8 @@ class StableDiffusionTask(Task):
         """Random pixels or latents, and captions of random words and unequal lengths, or random states."""
         generator = torch.Generator().manual_seed(seed)
         side, needs, batch = self.config.image_size, self.needs, synthetic_rows(batch_size)
+        if self.config.shape_buckets is not None:
+            batch["bucket"] = torch.full((batch_size,), self.config.shape_buckets.nearest(side, side))
         if needs.image is not None:
             batch["image"] = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
         if needs.tokens is not None:
