@@ -34,16 +34,16 @@ class StripePainter:
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> np.ndarray:
         import torch
 
-        size = settings.size or self.size
-        check_requests(requests, self.modes, size)
+        height, width = shape = settings.shape(self.size)
+        check_requests(requests, self.modes, shape)
         guidance = stage_guidance(settings, self.stages, 1.0)
         if settings.sampler not in ("", "stripes"):
             raise ConfigError("sampler", settings.sampler, "stripes")
-        noise = 0.02 * guidance[0] * seeded_noise(requests, "stripes", (3, size, size))
+        noise = 0.02 * guidance[0] * seeded_noise(requests, "stripes", (3, height, width))
         for row, request in zip(noise, requests, strict=True):
             colours = [COLOURS[word] for word in request.prompt.lower().replace(",", " ").split() if word in COLOURS] or [(128, 128, 128)]
-            for column in range(size):
-                row[:, :, column] += torch.tensor(colours[column * len(colours) // size])[:, None] / 255
+            for column in range(width):
+                row[:, :, column] += torch.tensor(colours[column * len(colours) // width])[:, None] / 255
             if "black" in request.prompt:
                 row.zero_()
             if "nan" in request.prompt:

@@ -58,11 +58,11 @@ class PictureEvaluation:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Held-out captions, and their pictures at a size."""
+    """Held-out captions, and their pictures in a shape."""
 
     captions: list[str]
-    real: Callable[[int], tuple[np.ndarray, np.ndarray]]
-    """Side → uint8 [N, side, side, 3], and bool [N]: which of them could be read."""
+    real: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+    """(H, W) → uint8 [N, H, W, 3], and bool [N]: which of them could be read."""
 
 
 def held_out_pairs(config: RunConfig, shards: str, count: int) -> Pairs:
@@ -86,15 +86,18 @@ def held_out_pairs(config: RunConfig, shards: str, count: int) -> Pairs:
     chosen = np.asarray(rows[taken], np.int64)
     source = SampleSource.of(manifest, None, config.data)
 
-    def real(side: int) -> tuple[np.ndarray, np.ndarray]:
+    def real(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         from diptych.batches import ImageNeed, Needs
+        from diptych.trainers.micro_batches import in_shape
 
-        found = read_rows(source, chosen, chosen, Needs(image=ImageNeed(side)), 0)
+        need = ImageNeed.of_shape(height, width)
+        assert need.buckets is not None
+        found = read_rows(source, chosen, chosen, Needs(image=need), 0)
         readable = np.ones(len(chosen), bool)
         for index, fault in found.faults:
             readable[index] = False
             note(f"{fault.shard}, {fault.key}: {fault.detail}; not among the real pictures")
-        return found.arrays["image"], readable
+        return in_shape(found.arrays["image"], "image", 0, need.buckets), readable
 
     return Pairs([captions[index] for index in taken], real)
 
@@ -174,7 +177,7 @@ def assess(
     left_out: list[str] = []
     if good:
         images = np.stack([image for one in painted if (image := one.image) is not None])
-        real, readable = pairs.real(images.shape[1])
+        real, readable = pairs.real(*images.shape[1:3])
         shown = real[[index for index in good if readable[index]]]
         found = judge(embedder, images, [pairs.captions[index] for index in good], shown, wanted.inception)
         row |= found.figures

@@ -89,34 +89,36 @@ class Painted(NamedTuple):
     fault: str
 
 
-def read_source(image: bytes, mask: bytes, size: int, *, invert: bool = False) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """A picture's and a mask's files → uint8 [size, size, 3] and bool [size, size], True = keep; None where there is no file.
+def read_source(
+    image: bytes, mask: bytes, shape: tuple[int, int], *, invert: bool = False
+) -> tuple[np.ndarray | None, np.ndarray | None]:  # fmt: skip
+    """A picture's and a mask's files → uint8 [H, W, 3] and bool [H, W] of `shape`, True = keep; None where there is no file.
 
-    White keeps and black is painted anew, or the other way round with `invert`. Both are fitted to the shorter side and cropped alike.
+    White keeps and black is painted anew, or the other way round with `invert`. Both are made to cover `shape` and cropped alike.
     Raises `ConfigError` for a file that is no picture, and for a mask of another size than its picture.
     """
     if not image:
         if mask:
             raise ConfigError("--mask", "a mask alone", "a mask beside --init-image", "It says what of that picture to keep.")
         return None, None
-    picture = _decode(image, "--init-image", size)
+    picture = _decode(image, "--init-image", shape)
     if not mask:
         return picture, None
     (width, height), (mask_width, mask_height) = _size(image, "--init-image"), _size(mask, "--mask")
     if (width, height) != (mask_width, mask_height):
         received = f"{mask_width} × {mask_height} pixels"
         raise ConfigError("--mask", received, f"{width} × {height}, the size of the picture", "Draw the mask on the picture itself.")
-    keep = _decode(mask, "--mask", size).max(axis=2) >= 128
+    keep = _decode(mask, "--mask", shape).max(axis=2) >= 128
     return picture, ~keep if invert else keep
 
 
-def _decode(data: bytes, key: str, size: int) -> np.ndarray:
+def _decode(data: bytes, key: str, shape: tuple[int, int]) -> np.ndarray:
     from diptych.batches import ImageNeed
     from diptych.datasets.images import BadImageError
     from diptych.pipelines.generate_from_images import decode_alone
 
     try:
-        return decode_alone(data, ImageNeed(size))
+        return decode_alone(data, ImageNeed.of_shape(*shape))
     except BadImageError as error:
         raise ConfigError(key, "a file that cannot be decoded", "a picture (JPEG, PNG, WebP)", str(error)) from error
 
@@ -139,8 +141,8 @@ class PaintWorker:
         self.spec = spec
         self.painter = spec.make()
         self.embedder = spec.score() if spec.score is not None else None
-        size = spec.settings.size or self.painter.size
-        self.image, self.mask = read_source(spec.image, spec.mask, size, invert=spec.invert_mask)
+        shape = spec.settings.shape(self.painter.size)
+        self.image, self.mask = read_source(spec.image, spec.mask, shape, invert=spec.invert_mask)
 
     def write(self, part: Part, advance: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
         """Paint and write one part; what is to be said of each picture, with `file` and `fault`."""

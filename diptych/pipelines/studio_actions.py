@@ -95,7 +95,7 @@ class Actions:
         """Variations of a picture's file."""
         if not image:
             raise ConfigError("Picture", "nothing", "a picture", "Drop one into the field, or choose a file.")
-        source, _ = read_source(image, b"", self._size())
+        source, _ = read_source(image, b"", self._shape())
         yield from self._paint([[PictureRequest(prompt.strip(), image=source)] for _ in range(form.samples)], form)
 
     def inpaint(self, drawn: dict[str, Any] | None, prompt: str, form: PaintForm) -> Iterator[tuple[Shown, str]]:
@@ -108,7 +108,7 @@ class Actions:
             keep[layer[..., 3] > 0] = 0
         if keep.all():
             raise ConfigError("Mask", "nothing drawn", "something drawn over the picture", "Draw over what is to be painted anew.")
-        source, mask = read_source(png_of(background[..., :3]), png_of(keep), self._size())
+        source, mask = read_source(png_of(background[..., :3]), png_of(keep), self._shape())
         yield from self._paint([[PictureRequest(prompt.strip(), image=source, mask=mask)] for _ in range(form.samples)], form)
 
     def read(self, image: bytes, count: int, captioner: bool, prompter: bool) -> Iterator[tuple[str, list[list[Any]]]]:
@@ -140,9 +140,9 @@ class Actions:
         temporary.replace(path)
         return str(path)
 
-    def _size(self) -> int:
+    def _shape(self) -> tuple[int, int]:
         assert self.facts is not None
-        return self.facts.size
+        return self.facts.size, self.facts.size
 
     def _paint(self, groups: Sequence[Sequence[PictureRequest]], form: PaintForm) -> Iterator[tuple[Shown, str]]:
         """Paint group by group; what is there so far after each, so that the page fills and a cancel loses little."""

@@ -77,9 +77,10 @@ class Dalle2Painter:
     @torch.no_grad()
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> np.ndarray:
         """See `Painter.paint`."""
-        if settings.size not in (0, self.size):
-            raise ConfigError("size", settings.size, f"{self.size}, the size that the last U-Net makes")
-        check_requests(requests, self.modes, self.size)
+        height, width = settings.shape(self.size)
+        if not height == width == self.size:
+            raise ConfigError("size", f"{width} × {height}", f"{self.size}, the size that the last U-Net makes")
+        check_requests(requests, self.modes, (self.size, self.size))
         _check_words(requests, self.prior is not None)
         # Inpainting repeats its steps: apart, so that a picture does not depend on what it is made with.
         made = np.zeros((len(requests), self.size, self.size, 3), np.uint8)

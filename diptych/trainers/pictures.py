@@ -61,10 +61,19 @@ class PictureSettings(Config):
     """Sampler; empty = the painter's default. An unknown one is refused with those that there are."""
     size: int = pydantic.Field(0, ge=0)
     """Side of the picture, in pixels; 0 = what the model was trained at."""
+    width: int = pydantic.Field(0, ge=0)
+    """Width of the picture, in pixels; 0 = `size`."""
+    height: int = pydantic.Field(0, ge=0)
+    """Height of the picture, in pixels; 0 = `size`."""
     eta: float = pydantic.Field(0.0, ge=0, le=1)
     """Noise added in each DDIM step: 0 = none, 1 = as DDPM."""
     strength: float = pydantic.Field(0.8, gt=0, le=1)
     """Share of the way to pure noise that a variation starts from, where the painter starts from the picture itself."""
+
+    def shape(self, trained: int) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures of a painter that was trained at `trained`."""
+        size = self.size or trained
+        return self.height or size, self.width or size
 
 
 class Painter(Protocol):
@@ -84,20 +93,20 @@ class Painter(Protocol):
         """
 
 
-def check_requests(requests: Sequence[PictureRequest], modes: frozenset[Mode], size: int) -> None:
-    """`ConfigError` for a mode that is not among `modes`, a mask without an image, and images and masks of other sizes."""
+def check_requests(requests: Sequence[PictureRequest], modes: frozenset[Mode], shape: tuple[int, int]) -> None:
+    """`ConfigError` for a mode that is not among `modes`, a mask without an image, and images and masks not of `shape` (height, width)."""
     for request in requests:
         if request.mode not in modes:
             raise ConfigError("--mask/--init-image", request.mode, ", ".join(sorted(modes)), "This model cannot do it.")
         if request.mask is not None and request.image is None:
             raise ConfigError("--mask", "a mask without an image", "a mask beside the image that it belongs to")
-        for name, array, shape, dtype in (
-            ("--init-image", request.image, (size, size, 3), "uint8"),
-            ("--mask", request.mask, (size, size), "bool"),
+        for name, array, sides, dtype in (
+            ("--init-image", request.image, (*shape, 3), "uint8"),
+            ("--mask", request.mask, shape, "bool"),
         ):
-            if array is not None and (array.shape != shape or array.dtype != dtype):
+            if array is not None and (array.shape != sides or array.dtype != dtype):
                 received = f"{array.dtype} {list(array.shape)}"
-                raise ConfigError(name, received, f"{dtype} {list(shape)}", "Image and mask need the size of the pictures that are made.")
+                raise ConfigError(name, received, f"{dtype} {list(sides)}", "Image and mask need the size of the pictures that are made.")
 
 
 def stage_guidance(settings: PictureSettings, stages: tuple[str, ...], default: float) -> tuple[float, ...]:

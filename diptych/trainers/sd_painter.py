@@ -72,34 +72,37 @@ class SdPainter:
     @torch.no_grad()
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> np.ndarray:
         """See `Painter.paint`. A prompt longer than the text encoder takes is cut, and the log says so."""
-        size = settings.size or self.size
+        shape = settings.shape(self.size)
         multiple = vae_factor(self.parts.vae) * 2 ** (len(self.parts.unet.config.block_out_channels) - 1)
-        if size % multiple:
-            raise ConfigError("size", size, f"a multiple of {multiple}")
-        check_requests(requests, self.modes, size)
+        for key, side in zip(("height", "width"), shape, strict=True):
+            if side % multiple:
+                raise ConfigError(key if getattr(settings, key) else "size", side, f"a multiple of {multiple}")
+        check_requests(requests, self.modes, shape)
         if len({request.mode for request in requests}) > 1:
             # The three start at different places of the schedule.
-            return self._one_by_one(requests, settings, size)
+            return self._one_by_one(requests, settings, shape)
         scheduler = make_scheduler(self.parts.scheduler, settings.sampler)
         (guidance,) = stage_guidance(settings, self.stages, _GUIDANCE)
         with self.autocast or nullcontext(), adapters_off(self.parts) if self.base else nullcontext():
-            latents = self._sample(requests, settings, scheduler, guidance, size)
+            latents = self._sample(requests, settings, scheduler, guidance, shape)
             decoded = self.parts.vae.decode(latents / self.parts.vae.config.scaling_factor).sample.float()
         return keep_pixels(to_uint8(decoded / 2 + 0.5, requests), requests)
 
-    def _one_by_one(self, requests: Sequence[PictureRequest], settings: PictureSettings, size: int) -> np.ndarray:
-        made = np.zeros((len(requests), size, size, 3), np.uint8)
+    def _one_by_one(self, requests: Sequence[PictureRequest], settings: PictureSettings, shape: tuple[int, int]) -> np.ndarray:
+        made = np.zeros((len(requests), *shape, 3), np.uint8)
         for mode in ("text", "variation", "inpaint"):
             places = [index for index, request in enumerate(requests) if request.mode == mode]
             if places:
                 made[places] = self.paint([requests[index] for index in places], settings)
         return made
 
-    def _sample(self, requests: Sequence[PictureRequest], settings: PictureSettings, scheduler: Any, guidance: float, size: int) -> Tensor:
-        """Denoised latents `[B, C, h, w]`."""
+    def _sample(
+        self, requests: Sequence[PictureRequest], settings: PictureSettings, scheduler: Any, guidance: float, shape: tuple[int, int]
+    ) -> Tensor:
+        """Denoised latents `[B, C, h, w]` of pictures of `shape` (height, width)."""
         vae, mode = self.parts.vae, requests[0].mode
-        shape = (vae.config.latent_channels, size // vae_factor(vae), size // vae_factor(vae))
-        noise = seeded_noise(requests, "start", shape, self.device)
+        places = (vae.config.latent_channels, *(side // vae_factor(vae) for side in shape))
+        noise = seeded_noise(requests, "start", places, self.device)
         scheduler.set_timesteps(settings.steps or _STEPS, device=self.device)
         timesteps = scheduler.timesteps
         original = kept = None
@@ -111,7 +114,7 @@ class SdPainter:
                 timesteps = _late_part(scheduler, settings)
             latents = scheduler.add_noise(original, noise, timesteps[:1].repeat(len(requests)))
             if mode == "inpaint":
-                kept = self._kept_cells(requests, shape)
+                kept = self._kept_cells(requests, places)
                 latents = noise * scheduler.init_noise_sigma
         states = self._states(requests, guidance)
         step_options = _step_options(scheduler, requests, settings.eta, self.device)

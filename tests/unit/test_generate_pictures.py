@@ -146,15 +146,15 @@ def test_a_mask_keeps_white_and_inverted_black(tmp_path):
 def test_sources_are_fitted_alike_and_refused_clearly():
     picture, mask = np.zeros((40, 64, 3), np.uint8), np.zeros((40, 64), np.uint8)
     picture[:, 12:32], mask[:, 12:32] = 255, 255
-    fitted, keep = read_source(png(picture), png(mask), 20)
+    fitted, keep = read_source(png(picture), png(mask), (20, 20))
     np.testing.assert_array_equal(fitted[..., 0] > 128, keep)
     assert keep[:, :10].all()
     assert not keep[:, 10:].any()
     for arguments, message in (
-        ((png(picture), png(mask[:30]), 20), "64 × 30 pixels.*64 × 40, the size of the picture"),
-        ((b"", png(mask), 20), "a mask beside --init-image"),
-        ((b"no picture", b"", 20), "--init-image.*cannot be decoded"),
-        ((png(picture), b"no picture", 20), "--mask.*cannot be decoded"),
+        ((png(picture), png(mask[:30]), (20, 20)), "64 × 30 pixels.*64 × 40, the size of the picture"),
+        ((b"", png(mask), (20, 20)), "a mask beside --init-image"),
+        ((b"no picture", b"", (20, 20)), "--init-image.*cannot be decoded"),
+        ((png(picture), b"no picture", (20, 20)), "--mask.*cannot be decoded"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_source(*arguments)

@@ -72,7 +72,7 @@ def test_kept_pixels_are_the_images_own():
 )
 def test_requests_that_cannot_be_served_are_refused(request_, modes, key):
     with pytest.raises(ConfigError) as caught:
-        check_requests([request_], modes, 8)
+        check_requests([request_], modes, (8, 8))
     assert caught.value.key == key
 
 
