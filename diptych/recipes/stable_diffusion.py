@@ -146,6 +146,9 @@ class StableDiffusionConfig(TaskConfig):
             raise ConfigError("task.aspect_buckets", True, "false under task.train=vae", "Crops of any size teach a VAE all shapes.")
         if self.aspect_buckets and self.image_size % self.bucket_reso_steps:
             raise ConfigError("task.bucket_reso_steps", self.bucket_reso_steps, f"a divisor of task.image_size = {self.image_size}")
+        if self.shape_buckets and len(self.shape_buckets.shapes) == 1:
+            remedy = "Raise it or task.image_size, or lower task.bucket_reso_steps."
+            raise ConfigError("task.max_aspect", self.max_aspect, "an aspect that leaves more shapes than the square", remedy)
         return self
 
     def _check_start(self) -> None:

@@ -142,9 +142,8 @@ def test_resumed_is_uninterrupted_and_two_workers_are_one(shards: str, tmp_path:
     assert losses_by_step(resumed) == losses_by_step(whole)
     assert trace_rows(resumed) == trace_rows(whole)
     # Three steps on one worker, the rest on two.
-    config = train_here(configured(shards, "train.steps=3"), together) and configured(shards)
-    stored = RunConfig.from_json((together / "config.json").read_text())
-    config = config.model_copy(update={"task": stored.task})
+    train_here(configured(shards, "train.steps=3"), together)
+    config = apply_overrides(RunConfig.from_json((together / "config.json").read_text()), ["train.steps=6"])
     results = run_workers(session, 2, config, str(together), deadline_seconds=240)
     assert [result["status"] for result in results] == ["finished"] * 2
     assert trace_rows(together) == trace_rows(whole)
@@ -207,6 +206,7 @@ def test_a_run_on_squares_refuses_a_cache_of_buckets_and_takes_one_older_than_bu
         (["task.train=vae"], "task.aspect_buckets"),
         (["task.bucket_reso_steps=6"], "task.bucket_reso_steps"),
         (["task.bucket_reso_steps=2"], "task.bucket_reso_steps"),
+        (["task.max_aspect=1.5"], "task.max_aspect"),
         (["workers=2", "train.strategy=zero3"], "train.strategy"),
         (["workers=1..2", "train.strategy=zero2"], "train.strategy"),
     ],
