@@ -45,7 +45,7 @@ class TrainConfig(Config):
     global_batch_size: int = pydantic.Field(32, ge=1)
     """Samples per optimizer step over all workers and micro-batches."""
     micro_batches: int = pydantic.Field(1, ge=1)
-    """Micro-batches per worker and step (gradient accumulation)."""
+    """Micro-batches per worker and step (gradient accumulation); pictures in aspect buckets take more, none of them larger."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
     """DDP, or DeepSpeed ZeRO stage 1, 2 or 3."""
     offload: bool = False

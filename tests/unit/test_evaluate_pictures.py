@@ -83,7 +83,7 @@ def test_the_painter_that_listens_scores_above_the_one_that_does_not(pairs, tmp_
 
 def test_blank_and_failed_pictures_are_flagged(pairs, tmp_path):
     captions = ["a red boat", "nan", "black", "a blue boat"]
-    some = evaluate_pictures.Pairs(captions, lambda side: (pairs.real(side)[0][:4], pairs.real(side)[1][:4]))
+    some = evaluate_pictures.Pairs(captions, lambda *shape: (pairs.real(*shape)[0][:4], pairs.real(*shape)[1][:4]))
     row, _ = assess(StripePainter, some, Words(), PictureEvaluation("words"), facts("stripes"), tmp_path / "out")
     assert (row["nan_share"], row["flagged_share"]) == (0.25, 0.5)
     assert len(read_metadata(tmp_path / "out")) == 3
