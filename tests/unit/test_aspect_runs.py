@@ -164,7 +164,7 @@ def make_cache(shards: str, out: Path, model: Path, **options: Any) -> str:
     embed_layout.claim(str(out), about, cached.PROVENANCE)
     worker = EmbedWorker(spec)
     for partition in range(spec.layout.partitions):
-        worker({"partition": partition})
+        worker.compute(partition)
     return str(out)
 
 
