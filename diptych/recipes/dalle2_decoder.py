@@ -289,7 +289,7 @@ def scenes() -> RunConfig:
         workers=2,
         data=DataConfig(validation_share=0.1),
         optim=OptimConfig(
-            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, schedule="cosine", clip_norm=0.5, ema_decay=0.995
+            name="muon", lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, schedule="cosine", clip_norm=0.5, ema_decay=0.995
         ),
         train=TrainConfig(steps=2_000, global_batch_size=32),
         validation=ValidationConfig(every_steps=500, samples=200, batch_size=200),
