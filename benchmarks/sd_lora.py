@@ -11,7 +11,6 @@ the score does not rise by 5, or a picture differs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import io
 import json
@@ -49,7 +48,7 @@ def amid(count: int) -> Iterator[dict[str, Any]]:
         picture = compose(scene.ground, functools.partial(_around, scene), np.random.default_rng((0, index)), _SIZE)
         data = io.BytesIO()
         picture.save(data, "JPEG", quality=95)
-        one = dataclasses.replace(scene, relation=_CONCEPT, count=1).caption.split(f" {_CONCEPT} ")[0]
+        one, _, _ = scene.caption.partition(f" {scene.relation} ")
         caption = f"{one} {_CONCEPT} four {scene.second[0]} {scene.second[1]}s on a {scene.ground} background"
         yield {"jpg": data.getvalue(), "txt": caption, "json": {"scene": index}}
 

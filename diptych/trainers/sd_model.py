@@ -178,6 +178,11 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
+def side_multiple(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int:
+    """Pixels that both sides of a picture are a multiple of: what VAE and U-Net divide by."""
+    return vae_factor(vae) * int(2 ** (len(unet.config.block_out_channels) - 1))
+
+
 def _check(config: StableDiffusionConfig, parts: SdParts, vocabulary: Vocabulary) -> None:
     """Refuse parts that do not belong together."""
     unet, text_encoder, vae = parts.unet, parts.text_encoder, parts.vae
@@ -194,7 +199,7 @@ def _check(config: StableDiffusionConfig, parts: SdParts, vocabulary: Vocabulary
         raise ConfigError("task.tokenizer", f"{vocabulary.size} ids", f"at most the text encoder's {text_encoder.config.vocab_size}")
     if config.context_length > text_encoder.config.max_position_embeddings:
         raise ConfigError("task.context_length", config.context_length, f"at most {text_encoder.config.max_position_embeddings}")
-    config.check_multiple(vae_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1))
+    config.check_multiple(side_multiple(vae, unet))
 
 
 def freeze_but(config: StableDiffusionConfig, parts: SdParts) -> None:

@@ -32,7 +32,7 @@ from diptych.trainers.pictures import (
     to_uint8,
 )
 from diptych.trainers.sd_lora import adapters_off
-from diptych.trainers.sd_model import pixels, vae_factor
+from diptych.trainers.sd_model import pixels, side_multiple, vae_factor
 
 if TYPE_CHECKING:
     from diptych.trainers.tasks.stable_diffusion import StableDiffusionTask
@@ -73,7 +73,7 @@ class SdPainter:
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> np.ndarray:
         """See `Painter.paint`. A prompt longer than the text encoder takes is cut, and the log says so."""
         shape = settings.shape(self.size)
-        multiple = vae_factor(self.parts.vae) * 2 ** (len(self.parts.unet.config.block_out_channels) - 1)
+        multiple = side_multiple(self.parts.vae, self.parts.unet)
         for key, side in zip(("height", "width"), shape, strict=True):
             if side % multiple:
                 raise ConfigError(key if getattr(settings, key) else "size", side, f"a multiple of {multiple}")

@@ -32,8 +32,8 @@ def build(name: str) -> Task:
     return task
 
 
-def attempts(folder: str, names: list[str], stopped: bool) -> None:
-    """Train each task in `folder`; if `stopped` the first attempt ends at `KILLED_AT`, off a checkpoint, and a second goes on."""
+def attempts(folder: str, names: list[str], optimizer: str, stopped: bool) -> None:
+    """Train each task by `optimizer` in `folder`; if `stopped` the first attempt ends at `KILLED_AT`, off a checkpoint, and a second goes on."""
     world = World.current("cpu")
     for name in names:
         kills = [KILLED_AT, None] if stopped else [None]
@@ -42,7 +42,7 @@ def attempts(folder: str, names: list[str], stopped: bool) -> None:
             config = RunConfig(
                 task=task.config,
                 data=DataConfig(trace=True),
-                optim=OptimConfig(lr=1e-3, ema_decay=0.9, clip_norm=1.0),
+                optim=OptimConfig(name=optimizer, lr=1e-3, ema_decay=0.9, clip_norm=1.0),
                 train=TrainConfig(steps=STEPS, global_batch_size=SAMPLES, micro_batches=2, log_every=1, precision="fp32"),
                 validation=ValidationConfig(samples=0),
                 checkpoint=CheckpointConfig(every_steps=EVERY),
@@ -64,12 +64,13 @@ def attempts(folder: str, names: list[str], stopped: bool) -> None:
             assert kill is None
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stopped_run_goes_on_as_if_it_never_stopped(tmp_path: Path, workers: int) -> None:
+def test_a_stopped_run_goes_on_as_if_it_never_stopped(tmp_path: Path, workers: int, optimizer: str) -> None:
     names = task_names()
     assert {"gpt2", "clip_vit", "coca"} <= set(names)
     for folder, killed in (("whole", False), ("killed", True)):
-        arguments: tuple[Any, ...] = (str(tmp_path / folder), names, killed)
+        arguments: tuple[Any, ...] = (str(tmp_path / folder), names, optimizer, killed)
         if workers == 1:
             attempts(*arguments)
         else:
