@@ -14,7 +14,7 @@ class OptimConfig(Config):
     """The optimizer, its schedule, clipping and EMA."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices of hidden layers with AdamW for the rest, at the same rate (`train.strategy=ddp` only)."""
+    """AdamW, or Muon for the matrices and filters of hidden layers and AdamW for the rest, at one rate (`train.strategy=ddp` only)."""
     lr: float = pydantic.Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[float, float], BeforeValidator(comma_separated)] = (0.9, 0.999)

@@ -262,7 +262,7 @@ def scenes() -> RunConfig:
 
     Source: none; sized for a laptop. Command: diptych train dalle2_decoder --recipe scenes data.shards=SHARDS
     data.embeddings=EMBEDDINGS workers=2
-    Hardware: 2 CPU cores with AMX, about 10 minutes. Expected (benchmarks/pictures_dalle2.py): a captioner trained apart matches
+    Hardware: 2 CPU cores with AMX, 19 minutes of processor time. Expected (benchmarks/pictures_dalle2.py): a captioner trained apart matches
     94 % of pictures of held-out captions to their caption, 1 of 100.
     """
     # Blocks work at half the resolution and below: at full resolution a CPU spends its time on memory.

@@ -274,7 +274,7 @@ def scenes_vae() -> RunConfig:
 
     Source: none; sized for a laptop. Command: diptych train stable_diffusion --recipe scenes_vae data.shards=SHARDS name=vae, then
     diptych export vae exported/vae
-    Hardware: 2 CPU cores with AMX, 2 minutes. Expected: a held-out reconstruction error of about 0.025; look at the pictures beside
+    Hardware: 2 CPU cores with AMX, 4 minutes of processor time. Expected: a held-out reconstruction error of about 0.025; look at the pictures beside
     their reconstructions.
     """
     return RunConfig(
@@ -290,7 +290,7 @@ def scenes() -> RunConfig:
     """A text-to-image model of 4.5 million parameters that learns the demo's scenes from scratch, on the VAE of `scenes_vae`.
 
     Source: none; sized for a laptop. Command: diptych train stable_diffusion --recipe scenes data.shards=SHARDS task.vae=exported/vae
-    Hardware: 2 CPU cores with AMX, a quarter of an hour with its VAE. Expected (benchmarks/pictures_sd.py): a captioner trained apart
+    Hardware: 2 CPU cores with AMX, 26 minutes of processor time with its VAE. Expected (benchmarks/pictures_sd.py): a captioner trained apart
     matches 98 % of pictures of held-out captions to their caption, 1 of 100; the least that counts is 20 times chance.
     """
     return RunConfig(
