@@ -1,10 +1,12 @@
-"""Images per second from the same tars on the same cores: our stream, webdataset's DataLoader, Ray's read_webdataset, bare decode.
+"""Images per second from the same tars on the same cores: our stream, webdataset's DataLoader, Ray's read_webdataset, mosaicml-streaming, bare decode.
 
-    .venv/bin/python benchmarks/ingest.py --images 6000 --size 512 --target 256 --repeat 3
+    .venv/bin/python benchmarks/ingest.py --images 6000 --size 512 --target 256 --repeat 3 --peers FOLDER
+    .venv/bin/python benchmarks/ingest.py --shards ../shared/data/pomological/shards --images 7424
 
 Made data: crops of pictures with the spectrum of natural images (1/f noise, correlated colours), JPEG quality 95 as img2dataset writes
-them. At equal decode every contender uses Pillow with `draft`; as shipped, webdataset decodes with `decode("pil")` and resizes, Ray with its own
-decoder and resizes, ours with `data.decoder=auto`. Every measurement is a fresh process; its clock runs from a third of
+them; or the shards of `--shards`. At equal decode every contender uses Pillow with `draft`; as shipped, webdataset decodes with `decode("pil")` and
+resizes, Ray with its own decoder and resizes, ours with `data.decoder=auto`. mosaicml-streaming reads its own format, whose making is timed beside our
+index of the tars; it takes part if it can be imported, also from `--peers FOLDER` (its pins do not go with ours). Every measurement is a fresh process; its clock runs from a third of
 the images to five sixths of them, so that neither start-up nor what was read ahead counts, and `first` is the time to the first batch.
 Contenders take turns; medians, with (lowest to highest). `--memory` measures the peak resident memory of a read worker instead. Exit status 1 if a goal is missed.
 """
@@ -12,6 +14,7 @@ Contenders take turns; medians, with (lowest to highest). `--memory` measures th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -19,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -31,12 +35,19 @@ from PIL import Image
 
 BATCH = 64
 GOALS = (
-    ("ours", "webdataset", 0.9, "at equal decode"),
-    ("ours", "ray", 2.0, "at equal decode"),
-    ("ours", "bare", 0.7, "at equal decode"),
-    ("ours-shipped", "webdataset-shipped", 2.0, "as shipped"),
-    ("ours-shipped", "ray-shipped", 4.0, "as shipped"),
+    ("ours", "webdataset", 1.0, "at equal decode"),
+    ("ours", "ray", 2.5, "at equal decode"),
+    ("ours", "mosaic", 1.0, "at equal decode"),
+    ("ours", "bare", 0.85, "at equal decode"),
+    ("ours-shipped", "webdataset-shipped", 2.5, "as shipped"),
+    ("ours-shipped", "ray-shipped", 5.0, "as shipped"),
 )
+PEERS = {
+    "webdataset": "webdataset's DataLoader",
+    "ray": "Ray's read_webdataset",
+    "mosaic": "mosaicml-streaming",
+    "bare": "bare decode",
+}
 MEMORY_GOAL = 0.6e9
 
 
@@ -154,13 +165,16 @@ class started_ray:  # noqa: N801 - used as a block
         ray.shutdown()
 
 
-def webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool) -> dict[str, float]:
-    """webdataset's loader with one worker per core; batches are made in the workers and cross as shared tensors."""
+def _stack(samples: list[np.ndarray]) -> Any:
+    """Batches are made in the loader's workers and cross as shared tensors."""
     import torch
-    import webdataset as wds
 
-    def stack(samples: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(samples))
+    return torch.from_numpy(np.stack(samples))
+
+
+def webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool) -> dict[str, float]:
+    """webdataset's loader with one worker per core."""
+    import webdataset as wds
 
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     dataset = wds.WebDataset(tars, shardshuffle=False, workersplitter=wds.split_by_worker).repeat()
@@ -168,7 +182,7 @@ def webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool
         dataset = dataset.decode("pil").map(lambda sample: _resized(sample["jpg"], target))
     else:
         dataset = dataset.map(lambda sample: decode_with_draft(sample["jpg"], target))
-    loader = wds.WebLoader(dataset.batched(BATCH, collation_fn=stack), batch_size=None, num_workers=cores, prefetch_factor=4)
+    loader = wds.WebLoader(dataset.batched(BATCH, collation_fn=_stack), batch_size=None, num_workers=cores, prefetch_factor=4)
 
     def batches() -> Iterator[int]:
         seen = 0
@@ -199,6 +213,46 @@ def ray_webdataset(folder: Path, images: int, target: int, cores: int, shipped: 
         dataset = dataset.map(resize) if shipped else dataset
         loader = dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2)
         return timed((len(batch["jpg"]) for batch in loader), images)
+
+
+def converted(folder: Path) -> Path:
+    """Where mosaicml-streaming's copy of `folder` stands."""
+    return folder.with_name(folder.name + "-mds")
+
+
+def preparation(folder: Path, name: str) -> dict[str, float]:
+    """Seconds until the tars can be read for the first time: our index, or mosaicml-streaming's copy of them."""
+    begin = time.perf_counter()
+    if name == "ours":
+        from diptych.datasets.manifest import build_manifest
+
+        with tempfile.TemporaryDirectory() as scratch:
+            build_manifest(str(folder), scratch, jobs=1)
+    else:
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(converted(folder)), columns={"jpg": "bytes", "txt": "str"}, exist_ok=True) as writer:
+            for path in sorted(folder.glob("*.tar")):
+                with tarfile.open(path) as tar:
+                    members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+                for member, data in members.items():
+                    if member.endswith(".jpg"):
+                        writer.write({"jpg": data, "txt": members[member.removesuffix(".jpg") + ".txt"].decode()})
+    return {"seconds": time.perf_counter() - begin}
+
+
+def mosaic(folder: Path, images: int, target: int, cores: int) -> dict[str, float]:
+    """mosaicml-streaming's loader over its own copy, in one epoch that is as long as the measurement."""
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    class Decoded(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> np.ndarray:
+            return decode_with_draft(super().__getitem__(index)["jpg"], target)
+
+    dataset = Decoded(local=str(converted(folder)), epoch_size=images, batch_size=BATCH, shuffle=False)
+    loader = DataLoader(dataset, batch_size=BATCH, num_workers=cores, collate_fn=_stack, prefetch_factor=4)
+    return timed((len(batch) for batch in loader), images)
 
 
 def bare(folder: Path, images: int, target: int, cores: int) -> dict[str, float]:
@@ -234,12 +288,16 @@ def _bare(data: list[bytes], images: int, target: int, barrier: Any, results: An
 
 def measure(name: str, folder: Path, images: int, target: int, cores: int) -> dict[str, float]:
     """One measurement, in this process."""
+    if name.startswith("prepare-"):
+        return preparation(folder, name.removeprefix("prepare-"))
     shipped = name.endswith("-shipped")
     kind = name.removesuffix("-shipped")
     if kind == "ours":
         return ours(folder, images, target, cores, "auto" if shipped else "pil")
     if kind == "bare":
         return bare(folder, images, target, cores)
+    if kind == "mosaic":
+        return mosaic(folder, images, target, cores)
     return (webdataset if kind == "webdataset" else ray_webdataset)(folder, images, target, cores, shipped)
 
 
@@ -247,30 +305,43 @@ def fresh(name: str, options: argparse.Namespace, folder: Path) -> dict[str, flo
     """One measurement, in a process of its own."""
     call = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--images", str(options.images)]
     call += ["--target", str(options.target), "--cores", str(options.cores)]
-    found = subprocess.run(call, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    found = subprocess.run(call, check=False, capture_output=True, text=True, env=environment)
+    if found.returncode:
+        sys.stderr.write(found.stderr[-4000:])
+        raise SystemExit(f"{name} ended with {found.returncode}")
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def compare(options: argparse.Namespace, folder: Path, results: Results) -> tuple[dict[str, Any], bool]:
     """All contenders in turns; rates, ratios, and whether every goal is met."""
-    names = list(dict.fromkeys(name for goal in GOALS for name in goal[:2]))
+    goals, case = list(GOALS), f"{options.shards.parent.name if options.shards else f'{options.size}² JPEG'} → {options.target}²"
+    if importlib.util.find_spec("streaming") is None:
+        print("left out: mosaicml-streaming cannot be imported; --peers FOLDER names where it is installed", file=sys.stderr)
+        goals = [goal for goal in goals if goal[1] != "mosaic"]
+    else:
+        seconds = {name: fresh(f"prepare-{name}", options, folder)["seconds"] for name in ("ours", "mosaic")}
+        what = f"{case}: until the tars can be read, an index beside a copy in its format"
+        results.add(Row(what, "s", [seconds["ours"]], PEERS["mosaic"], [seconds["mosaic"]], less=True))
+    names = list(dict.fromkeys(name for goal in goals for name in goal[:2]))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(options.repeat):
         for name in names:
             runs[name].append(fresh(name, options, folder))
             print(f"turn {turn + 1}: {name:20} {runs[name][-1]['rate']:7.0f} images/s", file=sys.stderr)
     rates = {name: [run["rate"] for run in found] for name, found in runs.items()}
-    print(f"\n{options.size}² JPEG → {options.target}², {options.cores} cores, median of {options.repeat} (lowest to highest)")
+    print(f"\n{case}, {options.cores} cores, median of {options.repeat} (lowest to highest)")
     for name, found in rates.items():
         first = statistics.median(run["first"] for run in runs[name])
         print(
             f"  {name:20} {statistics.median(found):7.0f} images/s  ({min(found):.0f} to {max(found):.0f}), first batch after {first:.1f} s"
         )
     ratios, met = {}, True
-    for one, other, goal, what in GOALS:
+    for one, other, goal, what in goals:
         ratio = statistics.median(rates[one]) / statistics.median(rates[other])
         ratios[f"{one}/{other}"], met = ratio, met and ratio >= goal
-        _record(results, runs, (one, other, goal, what), f"{options.size}² JPEG → {options.target}²")
+        _record(results, runs, (one, other, goal, what), case)
         print(f"  {one} / {other} {what}: {ratio:.2f} (goal: at least {goal}) {'met' if ratio >= goal else 'MISSED'}")
     return {"rates": rates, "ratios": ratios}, met
 
@@ -278,7 +349,7 @@ def compare(options: argparse.Namespace, folder: Path, results: Results) -> tupl
 def _record(results: Results, runs: dict[str, list[dict[str, float]]], goal: tuple[str, str, float, str], case: str) -> None:
     """Rates of a pair of contenders, and their times to the first batch where both have one."""
     one, other, at_least, what = goal
-    peer = {"webdataset": "webdataset's DataLoader", "ray": "Ray's read_webdataset", "bare": "bare decode"}[other.removesuffix("-shipped")]
+    peer = PEERS[other.removesuffix("-shipped")]
     rates, first = ([[run[key] for run in runs[name]] for name in (one, other)] for key in ("rate", "first"))
     results.add(Row(f"{case}, {what}, beside {peer}", "images/s", rates[0], peer, rates[1], at_least=at_least, headline=True))
     if all(first[1]):
@@ -305,18 +376,30 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of a read worker only")
+    parser.add_argument(
+        "--shards", type=Path, help="read these tars instead of making some; they must hold at least two thirds of --images"
+    )
+    parser.add_argument("--peers", type=Path, help="folder with packages of peers that this environment lacks")
     parser.add_argument("--folder", type=Path, help="keep the data here; otherwise a temporary folder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add_option(parser)
     options = parser.parse_args()
+    if options.peers:
+        options.peers = options.peers.resolve()
+        sys.path.append(str(options.peers))
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
         return
     results = Results(__file__, options.results)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.folder or Path(scratch)) / f"{options.size}-{options.images}"
-        if not folder.is_dir():
+        if options.shards:
+            folder = Path(scratch) / options.shards.parent.name
+            folder.mkdir()
+            for tar in options.shards.glob("*.tar"):  # links, so that nothing is written beside the data
+                (folder / tar.name).symlink_to(tar.resolve())
+        elif not folder.is_dir():
             generate(folder, -(-options.images * 2 // 1500) * 500, options.size)
         figures, met = (memory if options.memory else compare)(options, folder, results)
     results.finish()

@@ -74,7 +74,10 @@ class StepBatch:
     step: int
     """Optimizer step that the share belongs to."""
     arrays: dict[str, np.ndarray]
-    """Keys of `Needs.keys`; B = ceil(global_batch_size / workers), padded to a multiple of the micro-batches."""
+    """Keys of `Needs.keys`; B = ceil(global_batch_size / workers), padded to a multiple of the micro-batches.
+
+    Not to be written to: they may be views of memory that read workers share.
+    """
     faults: list[Fault] = field(default_factory=list)
     """Bad samples met in this share; their slots hold substitutes."""
 

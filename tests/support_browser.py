@@ -13,6 +13,7 @@ from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 _FLAGS = (
@@ -58,6 +59,18 @@ class Browser:
         field = self.inside(identifier, selector)
         field.clear()
         field.send_keys(text)
+
+    def slide(self, label: str, value: str) -> None:
+        """Type a value into the box of the slider whose label begins so, on the tab that is shown."""
+        boxes = f'input[type=number][aria-label^="number input for {label}"]'
+        box = self.wait(lambda: next((e for e in self.driver.find_elements(By.CSS_SELECTOR, boxes) if e.is_displayed()), None))
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(value, Keys.TAB)
+
+    def upload(self, identifier: str, file: Path) -> None:
+        """Choose a file in a field for pictures, and wait until it is shown."""
+        self.inside(identifier, "input[type=file]").send_keys(str(file))
+        self.wait(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"#{identifier} img"))
 
     def text(self, identifier: str) -> str:
         return self.driver.execute_script("return document.getElementById(arguments[0])?.innerText ?? ''", identifier)

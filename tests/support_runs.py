@@ -33,6 +33,34 @@ def make_shards(folder: Path, samples: int = SAMPLES) -> Path:
     return folder
 
 
+def embed_shards(shards: Path, clip: str, folder: Path) -> Path:
+    """Embeddings of `shards` by the model `clip` in clip-retrieval's layout, as `diptych embed` writes them."""
+    import numpy as np
+    import pandas as pd
+    from PIL import Image
+
+    from diptych.batches import ImageNeed, Needs
+    from diptych.config import DataConfig
+    from diptych.datasets.manifest import open_manifest
+    from diptych.datasets.reader import SampleSource, read_rows
+    from diptych.pipelines.painters import open_embedder
+    from diptych.trainers.picture_metrics import embed_captions, embed_pictures
+
+    embedder, manifest = open_embedder(clip), open_manifest(str(shards))
+    rows = np.arange(manifest.samples)
+    table = manifest.rows(rows, ["key", "caption"])
+    size = embedder.pixels(Image.new("RGB", (32, 32))).shape[0]
+    images = read_rows(SampleSource.of(manifest, None, DataConfig()), rows, rows, Needs(image=ImageNeed(size)), 0).arrays["image"]
+    captions = table["caption"].to_pylist()
+    for part in ("img_emb", "text_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
+    np.save(folder / "img_emb" / "img_emb_0.npy", embed_pictures(embedder, images).astype(np.float16))
+    np.save(folder / "text_emb" / "text_emb_0.npy", embed_captions(embedder, captions).astype(np.float16))
+    about = pd.DataFrame({"image_path": table["key"].to_pylist(), "caption": captions})
+    about.to_parquet(folder / "metadata" / "metadata_0.parquet")
+    return folder
+
+
 def overrides(shards: Path, name: str, **changes: object) -> list[str]:
     """KEY=VALUE of a coca run of tiny size with a trace; `__` in a name of `changes` stands for a dot."""
     values: dict[str, object] = {

@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import fsspec
@@ -92,33 +93,70 @@ def read_into(url: str, offset: int, buffer: memoryview, retries: int = READ_RET
 def read_ranges(
     url: str, ranges: Sequence[tuple[int, int]], gap: int | None = None, retries: int = READ_RETRIES, most_bytes: int = 1 << 26
 ) -> list[bytes]:
-    """The bytes of every (offset, size), in the order asked, with close ranges read together.
+    """The bytes of every (offset, size), in the order asked; otherwise as `iter_ranges`."""
+    results: list[bytes] = [b""] * len(ranges)
+    for index, data in iter_ranges(url, ranges, gap, retries, most_bytes):
+        results[index] = data
+    return results
+
+
+def iter_ranges(
+    url: str, ranges: Sequence[tuple[int, int]], gap: int | None = None, retries: int = READ_RETRIES, most_bytes: int = 1 << 26
+) -> Iterator[tuple[int, bytes]]:
+    """`(index, bytes)` of every (offset, size) by offset, one at a time, with close ranges read together.
 
     Two ranges are joined if at most `gap` bytes lie between them and the joined read stays under `most_bytes`.
     """
     gap = (LOCAL_GAP if is_local(url) else REMOTE_GAP) if gap is None else gap
-    results: list[bytes] = [b""] * len(ranges)
-    pending: list[int] = []
-    start = end = 0
-
-    def flush() -> None:
-        if pending:
-            data = memoryview(read_range(url, start, end - start, retries))
-            for index in pending:
+    for start, end, members in _joined(ranges, gap, most_bytes):
+        if len(members) == 1:
+            yield members[0], read_range(url, start, end - start, retries)
+            continue
+        with _read_whole(url, start, end - start, retries) as data:
+            for index in members:
                 offset, length = ranges[index]
-                results[index] = bytes(data[offset - start : offset - start + length])
-            pending.clear()
+                yield index, bytes(data[offset - start : offset - start + length])
 
+
+def _joined(ranges: Sequence[tuple[int, int]], gap: int, most_bytes: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(start, end, indices into `ranges`) of what is read together."""
+    members: list[int] = []
+    start = end = 0
     for index in sorted(range(len(ranges)), key=lambda index: ranges[index]):
         offset, length = ranges[index]
-        if pending and (offset > end + gap or max(end, offset + length) - start > most_bytes):
-            flush()
-        if not pending:
+        if members and (offset > end + gap or max(end, offset + length) - start > most_bytes):
+            yield start, end, members
+            members = []
+        if not members:
             start = end = offset
-        pending.append(index)
+        members.append(index)
         end = max(end, offset + length)
-    flush()
-    return results
+    if members:
+        yield start, end, members
+
+
+_spare: list[bytearray] = []
+"""Memory of joined reads that nobody uses at present: the pages of fresh memory cost more than what is copied into them."""
+
+
+@contextmanager
+def _read_whole(url: str, offset: int, size: int, retries: int) -> Iterator[memoryview]:
+    """The bytes of a joined read, within the block."""
+    if not is_local(url):
+        yield memoryview(read_range(url, offset, size, retries))
+        return
+    try:
+        memory = _spare.pop()
+    except IndexError:
+        memory = bytearray()
+    if len(memory) < size:
+        memory = bytearray(size)
+    try:
+        data = memoryview(memory)[:size]
+        read_into(url, offset, data, retries)
+        yield data
+    finally:
+        _spare.append(memory)
 
 
 def with_retries(action: Callable[[], T], url: str, offset: int, size: int, retries: int) -> T:

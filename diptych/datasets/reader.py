@@ -190,7 +190,8 @@ def _read_images(
     source: SampleSource, manifest: Manifest, need: ImageNeed, seed: int, found: _Found
 ) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
     """`image`, with buckets also `bucket`; and the bytes read."""
-    pixels = np.zeros((len(found.rows), need.size, need.size, 3), np.uint8)
+    # Every row is written below, or zeroed as a bad one: to zero all of them beforehand took 3 % of a read worker.
+    pixels = np.empty((len(found.rows), need.size, need.size, 3), np.uint8)
     bucket = np.zeros(len(found.rows), np.int64)
     places = _Places(*manifest.members(found.rows, IMAGE_EXTENSIONS))
     sizes = places.sizes
@@ -211,7 +212,9 @@ def _read_images(
             except images.BadImageError as error:
                 found.add(index, "undecodable_image", str(error))
                 continue
-            pixels[index].reshape(-1)[: picture.size].reshape(picture.shape)[:] = picture
+            row = pixels[index].reshape(-1)
+            row[: picture.size].reshape(picture.shape)[:] = picture
+            row[picture.size :] = 0
             bucket[index] = need.buckets.shapes.index(picture.shape[:2]) if need.buckets else 0
     return {"image": pixels} | ({"bucket": bucket} if need.buckets else {}), int(sizes[good].sum())
 
@@ -227,16 +230,17 @@ def _read_members(manifest: Manifest, part: np.ndarray, places: _Places, retries
     """`(index, bytes)` of every member in `part`, which is sorted by shard."""
     groups = np.split(part, np.flatnonzero(np.diff(places.shards[part])) + 1)
 
-    def read(group: np.ndarray) -> list[bytes]:
+    def read(group: np.ndarray) -> Iterator[tuple[int, bytes]]:
         ranges = list(zip(places.offsets[group].tolist(), places.sizes[group].tolist(), strict=True))
-        return storage.read_ranges(manifest.shard_url(int(places.shards[group[0]])), ranges, retries=retries)
+        for place, data in storage.iter_ranges(manifest.shard_url(int(places.shards[group[0]])), ranges, retries=retries):
+            yield int(group[place]), data
 
     if storage.is_local(manifest.root):
         for group in groups:
-            yield from zip(group.tolist(), read(group), strict=True)
+            yield from read(group)
         return
     # Ranges far apart are separate requests, so a group that spans many is cut for the pool.
     groups = [piece for group in groups for piece in np.array_split(group, min(len(group), REMOTE_READS))]
     with ThreadPoolExecutor(REMOTE_READS) as pool:
-        for group, data in zip(groups, pool.map(read, groups), strict=True):
-            yield from zip(group.tolist(), data, strict=True)
+        for found in pool.map(lambda group: list(read(group)), groups):
+            yield from found

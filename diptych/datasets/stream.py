@@ -216,7 +216,7 @@ class Assembler:
             count -= taken
         whole = pieces[0] if len(pieces) == 1 else {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
         self._step += 1
-        return StepBatch(self._step - 1, {key: np.require(array, requirements=["C", "W"]) for key, array in whole.items()}, found)
+        return StepBatch(self._step - 1, {key: np.ascontiguousarray(array) for key, array in whole.items()}, found)
 
 
 def fill(plan: Plan, block: Block, samples: Samples) -> tuple[dict[str, np.ndarray], list[tuple[int, Fault]]]:

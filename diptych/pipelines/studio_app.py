@@ -137,7 +137,7 @@ def _variation(actions: Actions, facts: PainterFacts) -> None:
     with gr.Row():
         picture = _picture("vary-picture", 280)
         with gr.Column():
-            prompt = gr.Textbox(label="What it shows (may be empty)", lines=2)
+            prompt = gr.Textbox(label="What it shows (may be empty)", lines=2, elem_id="vary-prompt")
             fields = _settings("vary", facts, samples=2, strength=True)
             buttons = _buttons("vary", "Vary")
 
@@ -155,7 +155,7 @@ def _inpaint(actions: Actions, facts: PainterFacts) -> None:
             brush=gr.Brush(default_size=24, colors=["#d03030"], color_mode="fixed"), eraser=gr.Eraser(default_size=24),
         )  # fmt: skip
         with gr.Column():
-            prompt = gr.Textbox(label="What it shows", lines=2)
+            prompt = gr.Textbox(label="What it shows", lines=2, elem_id="inpaint-prompt")
             fields = _settings("inpaint", facts, samples=2)
             buttons = _buttons("inpaint", "Paint")
 

@@ -8,12 +8,16 @@ another step.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
 
 from diptych.batches import AspectBuckets
 from diptych.trainers.task import Batch, Task
+
+# Pixels are shared with read workers and never written to; see `to_device`.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 Arrays = dict[str, np.ndarray]
 
@@ -49,6 +53,8 @@ def to_device(arrays: Arrays, device: torch.device) -> Batch:
     """Arrays of a share as tensors on `device`, through pinned memory where that is another one."""
     batch = {}
     for key, array in arrays.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        # A task may change its batch in place. Pixels it has to convert first, and they are most of the bytes, so these are not copied.
+        array = np.ascontiguousarray(array) if array.dtype == np.uint8 else np.require(array, requirements=["C", "W"])
+        tensor = torch.from_numpy(array)
         batch[key] = tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
     return batch

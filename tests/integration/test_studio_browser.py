@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from support_browser import Browser, chromium
 from support_runs import make_shards
+from support_studio import draw, finish, message, pictures_in
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.datasets.manifest import open_manifest
@@ -79,28 +79,6 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def finish(browser: Browser, name: str, folder: Path, count: int) -> str:
-    """Press start, wait until `count` more pictures are there and the page says so; the closing line."""
-    before = len(read_metadata(folder / "pictures"))
-    browser.find(f"{name}-start").click()
-    browser.wait(lambda: len(read_metadata(folder / "pictures")) == before + count)
-    browser.wait(lambda: f"{count} of {count} pictures in " in browser.text(f"{name}-status"))
-    return browser.text(f"{name}-status")
-
-
-def pictures_in(browser: Browser, identifier: str) -> int:
-    return len(browser.driver.find_elements(By.CSS_SELECTOR, f"#{identifier} .thumbnail-lg img, #{identifier} .grid-container img"))
-
-
-def message(browser: Browser) -> str:
-    """The error message on the page, closed after it was read."""
-    script = browser.driver.execute_script
-    text = browser.wait(lambda: script("return document.querySelector('.toast-body.error')?.innerText.trim()"))
-    script("document.querySelectorAll('.toast-body.error .toast-close').forEach(each => each.click())")
-    browser.wait(lambda: not browser.driver.find_elements(By.CSS_SELECTOR, ".toast-body.error"))
-    return text
-
-
 def test_tabs_are_what_the_runs_can_do(browser: Browser) -> None:
     tabs = browser.wait(lambda: [e.text for e in browser.driver.find_elements(By.CSS_SELECTOR, "button[role=tab]") if e.text])
     assert tabs == ["Keywords", "Dream", "Variation", "Inpaint", "Prompt from picture", "Gallery"]
@@ -162,18 +140,10 @@ def test_mistakes_are_told_on_the_page(browser: Browser, tmp_path: Path) -> None
 def test_a_variation_and_an_inpainting_of_an_uploaded_picture(browser: Browser, picture: Path, folder: Path) -> None:
     browser.driver.refresh()
     browser.tab("Variation")
-    browser.inside("vary-picture", "input[type=file]").send_keys(str(picture))
-    browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#vary-picture img"))
+    browser.upload("vary-picture", picture)
     finish(browser, "vary", folder, 2)
     browser.screenshot("studio-variation")
-    browser.tab("Inpaint")
-    canvas = browser.wait(lambda: next(iter(browser.driver.find_elements(By.CSS_SELECTOR, "#inpaint-drawn canvas")), None))
-    time.sleep(3)  # the editor sets itself up before it takes a picture, and fits the picture in before it takes strokes
-    browser.inside("inpaint-drawn", "input[type=file]").send_keys(str(picture))
-    time.sleep(3)
-    browser.find("inpaint-drawn")
-    ActionChains(browser.driver).move_to_element(canvas).click_and_hold().move_by_offset(12, 4).move_by_offset(-20, 6).release().perform()
-    time.sleep(1)
+    draw(browser, picture)
     finish(browser, "inpaint", folder, 2)
     browser.screenshot("studio-inpaint")
     lines = read_metadata(folder / "pictures")
@@ -186,8 +156,7 @@ def test_a_variation_and_an_inpainting_of_an_uploaded_picture(browser: Browser, 
 
 def test_a_picture_is_read(browser: Browser, picture: Path) -> None:
     browser.tab("Prompt from picture")
-    browser.inside("read-picture", "input[type=file]").send_keys(str(picture))
-    browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#read-picture img"))
+    browser.upload("read-picture", picture)
     browser.find("read-start").click()
     browser.wait(lambda: "background" in browser.text("read-prompts"))
     browser.screenshot("studio-read")

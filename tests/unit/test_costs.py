@@ -51,14 +51,19 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Counts what really goes to the descriptors: the function below `read_range` and `read_ranges`."""
-    counted, really = Reads(), ranged._pread
+    """Counts what really goes to the descriptors: the two functions below `read_range` and `read_ranges`."""
+    counted, alone, into = Reads(), ranged._pread, ranged._pread_into
 
     def pread(url: str, offset: int, size: int) -> bytes:
         counted.calls.append((url, offset, size))
-        return really(url, offset, size)
+        return alone(url, offset, size)
+
+    def pread_into(url: str, offset: int, buffer: memoryview) -> None:
+        counted.calls.append((url, offset, len(buffer)))
+        into(url, offset, buffer)
 
     monkeypatch.setattr(ranged, "_pread", pread)
+    monkeypatch.setattr(ranged, "_pread_into", pread_into)
     return counted
 
 

@@ -7,21 +7,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
-from support_runs import make_shards
+from support_runs import embed_shards, make_shards
 
-from diptych.batches import ImageNeed, Needs
 from diptych.cli import main
-from diptych.config import DataConfig, apply_overrides, load_recipe
-from diptych.datasets.manifest import open_manifest
-from diptych.datasets.reader import SampleSource, read_rows
+from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import export
 from diptych.pipelines.local import train_here
-from diptych.pipelines.painters import open_embedder
 from diptych.trainers.picture_files import read_metadata
-from diptych.trainers.picture_metrics import embed_captions, embed_pictures
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +34,9 @@ def runs(tmp_path_factory) -> Path:
     export.run(str(folder / "painter"))
     small = ["task.image_size=16", "task.context_length=16", "task.show_count=0", "validation.samples=8"]
     train("lora", "stable_diffusion", "lora_reports", f"task.pretrained={folder}/painter/export", *small)
-    vectors = embeddings(shards, str(folder / "judge" / "export"), folder / "emb")
+    vectors = embed_shards(shards, str(folder / "judge" / "export"), folder / "emb")
     for task in ("dalle2_prior", "dalle2_decoder"):
         train(task, task, "smoke", f"data.embeddings={vectors}", "validation.samples=0")
-    return folder
-
-
-def embeddings(shards: Path, clip: str, folder: Path) -> Path:
-    """Embeddings of the shards in clip-retrieval's layout, as `diptych embed` writes them."""
-    embedder, manifest = open_embedder(clip), open_manifest(str(shards))
-    rows = np.arange(manifest.samples)
-    table = manifest.rows(rows, ["key", "caption"])
-    size = embedder.pixels(Image.new("RGB", (32, 32))).shape[0]
-    images = read_rows(SampleSource.of(manifest, None, DataConfig()), rows, rows, Needs(image=ImageNeed(size)), 0).arrays["image"]
-    captions = table["caption"].to_pylist()
-    for part in ("img_emb", "text_emb", "metadata"):
-        (folder / part).mkdir(parents=True)
-    np.save(folder / "img_emb" / "img_emb_0.npy", embed_pictures(embedder, images).astype(np.float16))
-    np.save(folder / "text_emb" / "text_emb_0.npy", embed_captions(embedder, captions).astype(np.float16))
-    about = pd.DataFrame({"image_path": table["key"].to_pylist(), "caption": captions})
-    about.to_parquet(folder / "metadata" / "metadata_0.parquet")
     return folder
 
 

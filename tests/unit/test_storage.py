@@ -266,15 +266,19 @@ def test_ranges_are_coalesced_and_come_in_order(tmp_path, monkeypatch):
     path = str(tmp_path / "a.tar")
     storage.write_bytes(path, CONTENT)
     reads = []
-    monkeypatch.setattr(
-        ranged, "read_range", lambda url, offset, size, retries: reads.append((offset, size)) or CONTENT[offset : offset + size]
-    )
+    alone, into = ranged._pread, ranged._pread_into
+    monkeypatch.setattr(ranged, "_pread", lambda url, offset, size: reads.append((offset, size)) or alone(url, offset, size))
+    monkeypatch.setattr(ranged, "_pread_into", lambda url, offset, buffer: reads.append((offset, len(buffer))) or into(url, offset, buffer))
     ranges = [(5000, 10), (0, 100), (90, 60), (5000, 10), (200, 0), (900_000, 5)]
     assert storage.read_ranges(path, ranges, gap=1000) == [CONTENT[offset : offset + size] for offset, size in ranges]
     assert reads == [(0, 200), (5000, 10), (900_000, 5)]
     reads.clear()
     storage.read_ranges(path, [(0, 100), (100, 100)], gap=1000, most_bytes=150)
     assert len(reads) == 2
+    # Two that are read in turn have memory of their own.
+    pairs = [storage.iter_ranges(path, [(start, 50), (start + 50, 50)]) for start in (0, 7000)]
+    found = [[next(pair)[1] for pair in pairs] for _ in range(2)]
+    assert found == [[CONTENT[start + add : start + add + 50] for start in (0, 7000)] for add in (0, 50)]
 
 
 def test_local_reads_follow_a_replaced_file(tmp_path):
