@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _results import Results, Row, add_option
+from _timed import timed_run
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from scene_judge import write_scenes
@@ -34,18 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from diptych.config import RunConfig, apply_overrides, load_recipe
-from diptych.datasets.stream import LocalStream
+from diptych.config import apply_overrides, load_recipe
 from diptych.datasets.tokens import train_tokenizer
 from diptych.pipelines import cache
 from diptych.pipelines.console import show_table
-from diptych.pipelines.prepare import prepare
-from diptych.trainers.loop import train
-from diptych.trainers.recorder import Recorder, start_attempt
-from diptych.trainers.strategies.ddp import DDPStrategy
-from diptych.trainers.task import Batch, Output
-from diptych.trainers.tasks import load_task_class
-from diptych.trainers.world import World
 
 _SIDE, _BATCH, _SCENES, _ROUNDS, _WARM_UP, _LENGTH, _WIDTH = 128, 8, 96, 3, 3, 77, 96
 _PUBLISHED = {"block_out_channels": (128, 256, 512, 512)}
@@ -96,50 +89,6 @@ def make_pipeline(folder: Path, captions: list[str]) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-
-
-class Timed(DDPStrategy):
-    """Notes when each step ended, and how long forward, backward and optimizer took in it."""
-
-    def __init__(self, config: RunConfig, task: Any, world: World) -> None:
-        super().__init__(config, task, world)
-        self.ended: list[float] = []
-        self.inside: list[float] = []
-        self._since = 0.0
-
-    def forward(self, batch: Batch, last: bool) -> Output:
-        """As `DDPStrategy.forward`."""
-        begin = time.perf_counter()
-        output = super().forward(batch, last)
-        self._since += time.perf_counter() - begin
-        return output
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """As `DDPStrategy.backward`."""
-        begin = time.perf_counter()
-        super().backward(loss, last)
-        self._since += time.perf_counter() - begin
-
-    def step(self, step: int, lr: float) -> Tensor:
-        """As `DDPStrategy.step`."""
-        begin = time.perf_counter()
-        norm = super().step(step, lr)
-        self.ended.append(time.perf_counter())
-        self.inside.append(self._since + self.ended[-1] - begin)
-        self._since = 0.0
-        return norm
-
-
-def ours(config: RunConfig, folder: Path) -> tuple[list[float], list[float]]:
-    """(seconds, seconds of it inside the model and the optimizer) of each step after the warm-up, of our whole loop."""
-    folder.mkdir(parents=True)
-    prepared = prepare(config, folder)
-    config = prepared.config
-    strategy = Timed(config, load_task_class("stable_diffusion")(config.task, config.seed), World.current("cpu"))
-    recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
-    train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
-    seconds = [after - before for before, after in itertools.pairwise(strategy.ended)]
-    return seconds[_WARM_UP:], strategy.inside[_WARM_UP + 1 :]
 
 
 class Pictures(Dataset[dict[str, Tensor]]):
@@ -221,7 +170,7 @@ def main(out: Path, steps: int, results: Results) -> bool:
         times["script"] += script(folder, shards, steps)
         rounds["script"].append(1 / statistics.median(times["script"][-(steps - _WARM_UP) :]))
         for name, config in (("online", online), ("cached", cached)):
-            seconds, inside = ours(config, out / f"{name}-{os.getpid()}-{number}")
+            seconds, inside = timed_run(config, out / f"{name}-{os.getpid()}-{number}", _WARM_UP)
             times[name] += seconds
             rounds[name].append(1 / statistics.median(seconds))
             shares[name] += [1 - part / whole for part, whole in zip(inside, seconds, strict=True)]

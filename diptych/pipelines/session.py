@@ -59,16 +59,16 @@ def train_worker(payload: dict[str, Any]) -> None:
     """Ray Train's `train_loop_per_worker`."""
     import ray.train
     import torch
-    from ray.train.torch import get_device
 
     from diptych.datasets.ray_stream import RayStream
+    from diptych.pipelines.process_group import own_device
 
     config = RunConfig.from_json(payload["config"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     cpus = config.cluster.data_cpus / ray.train.get_context().get_world_size()
     make_stream = partial(RayStream, cpus=cpus, claims=not ray_context.is_elastic(config))
-    run_session(payload, config, get_device(), make_stream, notice=_PreemptionNotice())
+    run_session(payload, config, own_device(bool(config.cluster.gpus_per_worker)), make_stream, notice=_PreemptionNotice())
 
 
 def train_alone(payload: dict[str, Any]) -> None:

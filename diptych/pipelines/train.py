@@ -167,7 +167,7 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout(prepared.config)))
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from diptych.pipelines.failures import FailureLog
     from diptych.pipelines.process_group import ProcessGroupConfig
@@ -182,10 +182,10 @@ def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: 
     controller_failures = cluster.controller_failures + (cluster.max_failures if ray_context.is_elastic(config) else 0)
     backend = "nccl" if cluster.gpus_per_worker else "gloo"
     try:
-        TorchTrainer(
+        DataParallelTrainer(
             train_worker,
             train_loop_config=payload_of(prepared, run_dir, trial),
-            torch_config=ProcessGroupConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
+            backend_config=ProcessGroupConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=config.workers if isinstance(config.workers, int) else (config.least_workers, config.most_workers),
                 use_gpu=bool(cluster.gpus_per_worker),

@@ -1,0 +1,64 @@
+"""Our training loop in this process with its steps timed: how long each took, and how much of that was the model and the optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diptych.config import RunConfig
+from diptych.datasets.stream import LocalStream
+from diptych.pipelines.prepare import prepare
+from diptych.trainers.loop import train
+from diptych.trainers.recorder import Recorder, start_attempt
+from diptych.trainers.strategies.ddp import DDPStrategy
+from diptych.trainers.task import Batch, Output
+from diptych.trainers.tasks import load_task_class
+from diptych.trainers.world import World
+
+
+class Timed(DDPStrategy):
+    """Notes when each step ended, and how long forward, backward and optimizer took in it."""
+
+    def __init__(self, config: RunConfig, task: Any, world: World) -> None:
+        super().__init__(config, task, world)
+        self.ended: list[float] = []
+        self.inside: list[float] = []
+        self._since = 0.0
+
+    def forward(self, batch: Batch, last: bool) -> Output:
+        """As `DDPStrategy.forward`."""
+        begin = time.perf_counter()
+        output = super().forward(batch, last)
+        self._since += time.perf_counter() - begin
+        return output
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """As `DDPStrategy.backward`."""
+        begin = time.perf_counter()
+        super().backward(loss, last)
+        self._since += time.perf_counter() - begin
+
+    def step(self, step: int, lr: float) -> Tensor:
+        """As `DDPStrategy.step`."""
+        begin = time.perf_counter()
+        norm = super().step(step, lr)
+        self.ended.append(time.perf_counter())
+        self.inside.append(self._since + self.ended[-1] - begin)
+        self._since = 0.0
+        return norm
+
+
+def timed_run(config: RunConfig, folder: Path, warm_up: int) -> tuple[list[float], list[float]]:
+    """(seconds, seconds of it inside the model and the optimizer) of each step after the first `warm_up`, of our whole loop."""
+    folder.mkdir(parents=True)
+    prepared = prepare(config, folder)
+    config = prepared.config
+    strategy = Timed(config, load_task_class(config.task.name)(config.task, config.seed), World.current("cpu"))
+    recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
+    train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
+    seconds = [after - before for before, after in itertools.pairwise(strategy.ended)]
+    return seconds[warm_up:], strategy.inside[warm_up + 1 :]
