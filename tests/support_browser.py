@@ -60,10 +60,14 @@ class Browser:
         field.clear()
         field.send_keys(text)
 
-    def slide(self, label: str, value: str) -> None:
-        """Type a value into the box of the slider whose label begins so, on the tab that is shown."""
+    def slider(self, label: str) -> Any:
+        """The number box of the slider whose label begins so, on the tab that is shown."""
         boxes = f'input[type=number][aria-label^="number input for {label}"]'
-        box = self.wait(lambda: next((e for e in self.driver.find_elements(By.CSS_SELECTOR, boxes) if e.is_displayed()), None))
+        return self.wait(lambda: next((e for e in self.driver.find_elements(By.CSS_SELECTOR, boxes) if e.is_displayed()), None))
+
+    def slide(self, label: str, value: str) -> None:
+        """Type a value into that box."""
+        box = self.slider(label)
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(value, Keys.TAB)
 

@@ -26,6 +26,7 @@ class StripePainter:
 
     modes: frozenset[Mode] = frozenset(("text", "variation", "inpaint"))
     stages: tuple[str, ...] = ("prior", "decoder")
+    guidance: tuple[float, ...] = (1.0, 1.0)
     size = 32
 
     def __init__(self, log: str = "") -> None:
@@ -36,7 +37,7 @@ class StripePainter:
 
         height, width = shape = settings.shape(self.size)
         check_requests(requests, self.modes, shape)
-        guidance = stage_guidance(settings, self.stages, 1.0)
+        guidance = stage_guidance(settings, self.stages, self.guidance)
         if settings.sampler not in ("", "stripes"):
             raise ConfigError("sampler", settings.sampler, "stripes")
         noise = 0.02 * guidance[0] * seeded_noise(requests, "stripes", (3, height, width))

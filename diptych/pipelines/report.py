@@ -46,7 +46,7 @@ def run(runs: Sequence[str], out: str = "report.html") -> dict[str, Any]:
     folders = [find_run(name) for name in runs]
     figures = [figure for folder in folders for figure in _headlines(folder)]
     lead = (
-        "Figures of `diptych evaluate` where it was run, curves and samples of training." if figures else "Curves and samples of training."
+        "Figures of diptych evaluate where it was run, curves and samples of training." if figures else "Curves and samples of training."
     )
     write(Path(out), "Diptych: " + ", ".join(folder.name for folder in folders), lead, folders, figures)
     return {"report": str(Path(out).absolute()), "runs": [str(folder) for folder in folders]}
@@ -131,7 +131,7 @@ def _rates(lines: list[dict[str, Any]], config: RunConfig) -> list[dict[str, str
     samples, waiting, mfu = mean("train/samples_per_second"), mean("train/data_wait_share"), mean("train/mfu")
     rates = []
     if samples is not None:
-        workers = f"{config.workers} workers, {config.train.strategy}, waiting for data included"
+        workers = f"{config.workers} worker{'' if config.workers == 1 else 's'}, {config.train.strategy}, waiting for data included"
         rates.append({"name": "samples per second", "value": f"{samples:,.0f}", "note": workers})
     if waiting is not None:
         rates.append({"name": "time spent waiting for data", "value": f"{100 * waiting:.1f} %", "note": "share of the time of training"})

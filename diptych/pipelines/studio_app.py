@@ -82,8 +82,10 @@ def _settings(name: str, facts: PainterFacts, *, samples: int, strength: bool = 
         if strength:
             fields["strength"] = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength (1: nothing of the picture is left)")
     with gr.Row():
-        for number, stage in enumerate(facts.stages):
-            fields[f"guidance{number}"] = gr.Slider(0.5, _MOST_GUIDANCE, 3.0, step=0.5, label=f"Guidance: {stage} (1: none)")
+        for number, (stage, own) in enumerate(zip(facts.stages, facts.guidance, strict=True)):
+            fields[f"guidance{number}"] = gr.Slider(
+                min(0.5, own), max(_MOST_GUIDANCE, own), own, step=0.5, label=f"Guidance: {stage} (1: none)"
+            )
     return fields
 
 

@@ -41,6 +41,8 @@ class PainterFacts:
 
     modes: frozenset[str]
     stages: tuple[str, ...]
+    guidance: tuple[float, ...]
+    """Its own, of each stage."""
     size: int
 
 
@@ -106,7 +108,9 @@ class StudioModels:
     def facts(self) -> PainterFacts | None:
         """See `Engine`."""
         painter = self.painter
-        return PainterFacts(frozenset(painter.modes), tuple(painter.stages), painter.size) if painter else None
+        if painter is None:
+            return None
+        return PainterFacts(frozenset(painter.modes), tuple(painter.stages), tuple(painter.guidance), painter.size)
 
     def paint(self, requests: Sequence[PictureRequest], settings: PictureSettings) -> tuple[np.ndarray, list[float | None]]:
         """See `Engine`."""

@@ -124,7 +124,7 @@ class StableDiffusionConfig(TaskConfig):
     show_steps: int = pydantic.Field(25, ge=1)
     """Denoising steps of the validation's pictures."""
     show_guidance: float = pydantic.Field(7.5, ge=1)
-    """Guidance of the validation's pictures."""
+    """Guidance of the validation's pictures, and of others that name none."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of the U-Net: torch's fused one, or plain matrix products."""
 

@@ -63,6 +63,8 @@ class Dalle2Painter:
         self.candidates, self.autocast = candidates, autocast
         self.modes: frozenset[Mode] = frozenset(("text", "variation", "inpaint") if prior else ("variation", "inpaint"))
         self.stages: tuple[str, ...] = (*(("prior",) if prior else ()), *STAGES[: len(decoder.config.image_sizes)])
+        own = (decoder.config.of_stage("cond_scale", stage) for stage in range(len(decoder.config.image_sizes)))
+        self.guidance: tuple[float, ...] = (*((prior.config.cond_scale,) if prior else ()), *own)
         self.size: int = decoder.config.image_sizes[-1]
         self.device = next(decoder.parameters()).device
         self._check_dimensions()
@@ -91,7 +93,7 @@ class Dalle2Painter:
         return keep_pixels(made, requests)
 
     def _paint(self, requests: list[PictureRequest], settings: PictureSettings) -> np.ndarray:
-        guidance = self._guidance(settings)
+        guidance = stage_guidance(settings, self.stages, self.guidance)
         with self.autocast or nullcontext():
             embedding = self._image_embeddings(requests, settings, guidance)
             states = self._states(self.decoder, requests) if self.decoder.config.reads_text else None
@@ -104,13 +106,6 @@ class Dalle2Painter:
             sampling = Sampling(steps, guidance[-len(stages) :], settings.eta or config.ddim_sampling_eta)
             pixels = sample_decoder(self.decoder.decoder, embedding, states, noise, sampling, self._inpaint(requests))
         return to_uint8(pixels, requests)
-
-    def _guidance(self, settings: PictureSettings) -> tuple[float, ...]:
-        if settings.guidance:
-            return stage_guidance(settings, self.stages, 1.0)
-        config = self.decoder.config
-        own = [config.of_stage("cond_scale", stage) for stage in range(len(config.image_sizes))]
-        return (*((self.prior.config.cond_scale,) if self.prior else ()), *own)
 
     def _inpaint(self, requests: Sequence[PictureRequest]) -> Inpaint | None:
         if requests[0].mask is None:

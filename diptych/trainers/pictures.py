@@ -56,7 +56,7 @@ class PictureSettings(Config):
     """Denoising steps of each stage; 0 = the painter's default."""
     guidance: Numbers = ()
     """Classifier-free guidance, one number for all stages or one for each (separated by commas); 1 = the conditional model alone,
-    empty = the painter's default."""
+    empty = the painter's own."""
     sampler: str = ""
     """Sampler; empty = the painter's default. An unknown one is refused with those that there are."""
     size: int = pydantic.Field(0, ge=0)
@@ -83,6 +83,8 @@ class Painter(Protocol):
     """What it can do."""
     stages: tuple[str, ...]
     """Names of its stages that take guidance, in order: one slider each."""
+    guidance: tuple[float, ...]
+    """What each of `stages` takes where the settings name none."""
     size: int
     """Side of the pictures that it was trained at, in pixels."""
 
@@ -109,9 +111,9 @@ def check_requests(requests: Sequence[PictureRequest], modes: frozenset[Mode], s
                 raise ConfigError(name, received, f"{dtype} {list(sides)}", "Image and mask need the size of the pictures that are made.")
 
 
-def stage_guidance(settings: PictureSettings, stages: tuple[str, ...], default: float) -> tuple[float, ...]:
+def stage_guidance(settings: PictureSettings, stages: tuple[str, ...], default: tuple[float, ...]) -> tuple[float, ...]:
     """One number for each stage; `ConfigError` where there are neither one nor as many as `stages`."""
-    values = settings.guidance or (default,)
+    values = settings.guidance or default
     if len(values) not in (1, len(stages)):
         raise ConfigError("guidance", list(values), f"one number, or one for each of {', '.join(stages)}")
     return values * len(stages) if len(values) == 1 else values

@@ -52,7 +52,7 @@ SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 """Samplers by short name; diffusers' class names serve too."""
-_STEPS, _GUIDANCE = 30, 7.5
+_STEPS = 30
 
 
 class SdPainter:
@@ -66,6 +66,7 @@ class SdPainter:
         if task.parts.unet is None:
             raise ConfigError("RUN", "a VAE", "a run that trained more than task.train=vae", "A VAE alone makes no pictures.")
         self.task, self.parts, self.base, self.autocast = task, task.parts, base, autocast
+        self.guidance: tuple[float, ...] = (task.config.show_guidance,)
         self.size: int = task.config.image_size
         self.device = next(task.parts.unet.parameters()).device
 
@@ -82,7 +83,7 @@ class SdPainter:
             # The three start at different places of the schedule.
             return self._one_by_one(requests, settings, shape)
         scheduler = make_scheduler(self.parts.scheduler, settings.sampler)
-        (guidance,) = stage_guidance(settings, self.stages, _GUIDANCE)
+        (guidance,) = stage_guidance(settings, self.stages, self.guidance)
         with self.autocast or nullcontext(), adapters_off(self.parts) if self.base else nullcontext():
             latents = self._sample(requests, settings, scheduler, guidance, shape)
             decoded = self.parts.vae.decode(latents / self.parts.vae.config.scaling_factor).sample.float()

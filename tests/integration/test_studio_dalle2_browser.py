@@ -58,10 +58,12 @@ def pixels_of(folder: Path, line: dict) -> np.ndarray:
     return np.asarray(Image.open(folder / "pictures" / line["file_name"])).astype(int)
 
 
-def test_each_stage_has_its_guidance(browser: Browser) -> None:
+def test_each_stage_begins_at_its_own_guidance(browser: Browser) -> None:
     browser.tab("Dream")
     labels = browser.wait(lambda: [e.text for e in browser.driver.find_elements(By.TAG_NAME, "label") if e.text.startswith("Guidance")])
-    assert labels == [f"Guidance: {stage} (1: none)" for stage in ("prior", "base", "upsampler")]
+    stages = ("prior", "base", "upsampler")
+    assert labels == [f"Guidance: {stage} (1: none)" for stage in stages]
+    assert [browser.slider(f"Guidance: {stage}").get_attribute("value") for stage in stages] == ["1", "1", "1"]
     assert browser.errors() == []
 
 
@@ -70,7 +72,7 @@ def test_a_dream_is_scored_and_can_be_made_again_and_guidance_changes_it(browser
     browser.type("dream-prompts", "a red circle above a blue star")
     browser.type("dream-seed", "11", "input")
     for guidance in ("3", "3", "1"):
-        browser.slide("Guidance: prior", guidance)
+        browser.slide("Guidance: base", guidance)
         finish(browser, "dream", folder, 2)
     browser.wait(lambda: pictures_in(browser, "dream-pictures") == 2)
     browser.screenshot("studio-dalle2-dream")
@@ -81,7 +83,7 @@ def test_a_dream_is_scored_and_can_be_made_again_and_guidance_changes_it(browser
     assert first.shape == (2, SIDE, SIDE, 3)
     np.testing.assert_array_equal(first, again)
     assert (first != unguided).any()
-    assert read_about(folder / "pictures" / lines[-1]["file_name"])["guidance"][0] == 1
+    assert read_about(folder / "pictures" / lines[-1]["file_name"])["guidance"] == [1, 1, 1]
     assert browser.errors() == []
 
 

@@ -78,8 +78,8 @@ def test_requests_that_cannot_be_served_are_refused(request_, modes, key):
 
 def test_guidance_is_one_number_or_one_for_each_stage():
     stages = ("prior", "decoder")
-    assert stage_guidance(PictureSettings(), stages, 3.0) == (3.0, 3.0)
-    assert stage_guidance(apply_overrides(PictureSettings(), ["guidance=1.5"]), stages, 3.0) == (1.5, 1.5)
-    assert stage_guidance(apply_overrides(PictureSettings(), ["guidance=1,4"]), stages, 3.0) == (1.0, 4.0)
+    assert stage_guidance(PictureSettings(), stages, (3.0, 2.0)) == (3.0, 2.0)
+    assert stage_guidance(apply_overrides(PictureSettings(), ["guidance=1.5"]), stages, (3.0, 2.0)) == (1.5, 1.5)
+    assert stage_guidance(apply_overrides(PictureSettings(), ["guidance=1,4"]), stages, (3.0, 2.0)) == (1.0, 4.0)
     with pytest.raises(ConfigError, match="prior, decoder"):
-        stage_guidance(PictureSettings(guidance=(1, 2, 3)), stages, 3.0)
+        stage_guidance(PictureSettings(guidance=(1, 2, 3)), stages, (3.0, 2.0))
