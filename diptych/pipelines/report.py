@@ -45,9 +45,7 @@ def run(runs: Sequence[str], out: str = "report.html") -> dict[str, Any]:
 
     folders = [find_run(name) for name in runs]
     figures = [figure for folder in folders for figure in _headlines(folder)]
-    lead = (
-        "Figures of diptych evaluate where it was run, curves and samples of training." if figures else "Curves and samples of training."
-    )
+    lead = "Figures of diptych evaluate where it was run, curves and samples of training." if figures else "Curves and samples of training."
     write(Path(out), "Diptych: " + ", ".join(folder.name for folder in folders), lead, folders, figures)
     return {"report": str(Path(out).absolute()), "runs": [str(folder) for folder in folders]}
 

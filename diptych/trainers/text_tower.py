@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.batches import Needs
@@ -84,14 +85,17 @@ def _open_clip_states(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
         # A CoCa normalises its class token alone; its decoder reads these same states.
         return lambda tokens, _: model._encode_text(tokens)[1]
     final = model.ln_final if hasattr(model, "ln_final") else model.text.ln_final
+    whole = int(model.context_length)
 
     def states(tokens: Tensor, _: Tensor) -> Tensor:
         caught: list[Tensor] = []
+        length = tokens.shape[1]
         handle = final.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
         try:
-            model.encode_text(tokens)
+            # Some towers take their whole length alone; dalle2-pytorch's adapter always gives them that, padded with zeros.
+            model.encode_text(F.pad(tokens, (0, max(0, whole - length))))
         finally:
             handle.remove()
-        return caught[0]
+        return caught[0][:, :length]
 
     return states

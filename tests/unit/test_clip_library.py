@@ -47,6 +47,22 @@ def test_a_model_of_open_clips_own_towers_needs_nothing_beside(tmp_path: Path) -
     assert found.splitlines() == ["{'text': 16, 'image': 16}", "[]"]
 
 
+def test_states_of_fewer_tokens_are_the_first_of_the_whole_length(tmp_path: Path) -> None:
+    import torch
+
+    from diptych.trainers.text_tower import TextTower
+
+    tower = TextTower(str(save_model(tmp_path / "own", TOWER | WORDS)))
+    length = tower.model.context_length
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    tokens[:, :5] = torch.tensor([[1, 4, 5, 6, 9], [1, 7, 8, 9, 0]])
+    states = tower.states(tokens, tokens > 0)
+    assert tower.width == states.shape[2]
+    torch.testing.assert_close(tower.states(tokens[:, :5], tokens[:, :5] > 0), states[:, :5])
+    assert (states[0, :5].std(dim=1) > 0).all()
+    assert not states[:, 5:].any()
+
+
 def test_a_tower_of_timm_brings_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     tower = {"vision_cfg": {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": "linear", "image_size": 32}}
