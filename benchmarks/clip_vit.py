@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 from _results import Results, Row, run_script
+from _runs import train
 from scene_shards import write_scenes
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import embed
 from diptych.pipelines.console import show_table
 from diptych.pipelines.evaluate import run as evaluate
-from diptych.pipelines.local import train_here
 
 
 def data(out: Path) -> None:
@@ -35,7 +35,7 @@ def main(out: Path, overrides: list[str], results: Results) -> bool:
     paths = [f"data.shards={out / 'shards'}", f"data.embeddings={out / 'embeddings'}"]
     config = apply_overrides(load_recipe("clip_vit", "scenes"), [*paths, "checkpoint.every_steps=50", *overrides])
     started = time.monotonic()
-    train_here(config, out / "run")
+    train(config, out / "run")
     seconds = time.monotonic() - started
     metrics = evaluate([str(out / "run")], track=False)["metrics"]
     show_table(

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from _results import Results, Row, run_script
+from _runs import train
 from scene_shards import write_scenes
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines.console import show_table
 from diptych.pipelines.evaluate import held_out
 from diptych.pipelines.evaluate import run as evaluate
-from diptych.pipelines.local import train_here
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.captioning import generate_captions
 from diptych.trainers.decoding import Decoding
@@ -62,7 +62,7 @@ def main(out: Path, overrides: list[str], results: Results) -> bool:
     write_scenes(out / "shards", 12_000, 64)
     config = apply_overrides(load_recipe("coca", "scenes"), [f"data.shards={out / 'shards'}", "checkpoint.every_steps=250", *overrides])
     started = time.monotonic(), time.process_time()
-    train_here(config, out / "run")
+    train(config, out / "run")
     seconds = time.monotonic() - started[0], time.process_time() - started[1]
     metrics = evaluate([str(out / "run")], checkpoint="newest", track=False)["metrics"]
     same, count = equal_captions(out / "run")

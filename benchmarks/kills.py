@@ -138,13 +138,14 @@ def check(run: Run, result: dict[str, Any], steps: int) -> dict[str, bool]:
 
 def undisturbed(run: Run, steps: int) -> list[tuple[int, int, str, str]]:
     """The trace of the same run by one worker in this process."""
+    from _runs import train
+
     from diptych.config import apply_overrides, load_recipe
     from diptych.datasets.manifest import open_manifest
-    from diptych.pipelines.local import train_here
     from diptych.pipelines.trace import write_trace
 
     given = overrides(run.folder / "shards", "alone", workers=1, train__steps=steps, validation__samples=0, checkpoint__every_steps=0)
-    train_here(apply_overrides(load_recipe("coca", "smoke"), given), run.folder / "alone")
+    train(apply_overrides(load_recipe("coca", "smoke"), given), run.folder / "alone")
     write_trace(run.folder / "alone", open_manifest(str(run.folder / "shards")))
     return trace_of(run.folder / "alone")
 

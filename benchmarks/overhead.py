@@ -141,7 +141,7 @@ def loop(task_name: str, out: Path, steps: int) -> float | None:
 def own_share(task: str, out: Path, steps: int) -> float:
     """Median share of a step, in percent, that our loop in this process spends on neither the model nor the optimizer."""
     import torch
-    from _timed import timed_run
+    from _runs import timed_run
 
     torch.set_num_threads(1)
     seconds, inside = timed_run(config_of(task, out, steps, 1), out / f"own-{os.getpid()}", steps // 5)

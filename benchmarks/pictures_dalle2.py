@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from _results import Results, run_script
-from scene_judge import judge, timed, train, write_scenes
+from _runs import train
+from scene_judge import judge, timed, write_scenes
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import embed, export

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from _results import Results, Row, run_script
+from _runs import train
 from ngrams import LinearTrigram, NgramModel
 
 from diptych.batches import StepBatch
@@ -24,7 +25,6 @@ from diptych.config import RunConfig, apply_overrides, load_recipe
 from diptych.datasets.stream import LocalStream, StreamSpec
 from diptych.pipelines import pack
 from diptych.pipelines.console import show_table
-from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.decoding import Decoding
@@ -68,7 +68,7 @@ def trained(data: Path, out: Path, overrides: list[str]) -> tuple[RunConfig, GPT
         load_recipe("gpt2", "prompts_small"), [f"data.shards={out / 'shards'}", "checkpoint.every_steps=100", *overrides]
     )
     started = time.monotonic(), time.process_time()
-    train_here(config, out / "run")
+    train(config, out / "run")
     seconds = time.monotonic() - started[0], time.process_time() - started[1]
     task = load_trained(out / "run").task
     assert isinstance(task, GPT2Task)

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from _results import Results, Row
+from _runs import train
 from PIL import Image
 
-from diptych.config import RunConfig, apply_overrides, load_recipe
+from diptych.config import apply_overrides, load_recipe
 from diptych.datasets.keep import select
 from diptych.datasets.manifest import open_manifest
 from diptych.datasets.scenes import samples
 from diptych.datasets.shards import ShardWriter
 from diptych.datasets.tokens import load_tokenizer
 from diptych.pipelines.console import show_table
-from diptych.pipelines.local import train_here
 from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 
@@ -54,7 +54,7 @@ def train_judge(shards: Path, folder: Path, share: float) -> None:
     """The demo's CoCa with another seed, on the same split, so that it never saw what it judges."""
     if not (folder / "result.json").is_file():
         config = load_recipe("coca", "demo")
-        train_here(
+        train(
             apply_overrides(config, [f"data.shards={shards}", f"data.validation_share={share}", f"seed={_SEED}", "workers=1"]),
             folder,
         )
@@ -91,12 +91,6 @@ def timed(out: Path, name: str, work: Callable[[], object]) -> float:
             spent["seconds"] += time.monotonic() - wall
             file.write_text(json.dumps(spent))
     return float(spent["cpu_seconds"])
-
-
-def train(config: RunConfig, run: Path) -> None:
-    """`train_here`, refusing a run that did not finish."""
-    result = train_here(config, run)
-    assert result["status"] == "finished", result
 
 
 def judge(out: Path, shards: Path, share: float, paint: Callable[[list[str]], np.ndarray], cpu_seconds: float, results: Results) -> bool:

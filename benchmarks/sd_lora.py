@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _results import Results, Row, add_option
+from _runs import train
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from scene_judge import held_out_captions, train_judge, verdict
 
@@ -31,7 +32,6 @@ from diptych.datasets.scenes import Placed, Scene, compose, describe
 from diptych.datasets.shards import ShardWriter
 from diptych.pipelines.console import show_table
 from diptych.pipelines.export import run as export
-from diptych.pipelines.local import train_here
 from diptych.pipelines.samples import write_grid
 from diptych.pipelines.trained import load_trained
 from diptych.trainers.pictures import PictureRequest, PictureSettings, seeded_noise
@@ -102,7 +102,7 @@ def main(out: Path, results: Results) -> bool:
         "validation.every_steps=0",
     ]
     if not (out / "lora" / "result.json").is_file():
-        train_here(apply_overrides(load_recipe("stable_diffusion", "lora_reports"), overrides), out / "lora")
+        train(apply_overrides(load_recipe("stable_diffusion", "lora_reports"), overrides), out / "lora")
     export(str(out / "lora"), str(out / "exported_lora"), track=False)
     task = load_trained(out / "lora").task
     captions = held_out_captions(concept, _HELD_OUT, _SHARE)

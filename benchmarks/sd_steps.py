@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _results import Results, Row, add_option
-from _timed import timed_run
+from _runs import timed_run
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from scene_judge import write_scenes

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from _results import Results, Row, add_option
+from _runs import train
 
 from diptych.config import RunConfig, apply_overrides, load_recipe
 from diptych.datasets.tokens import load_tokenizer
 from diptych.pipelines import pack
 from diptych.pipelines.console import show_table
-from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
 from diptych.trainers.decoding import Decoding
 from diptych.trainers.gpt2_steps import GPT2Steps
@@ -38,7 +38,7 @@ def ours(config: RunConfig, out: Path, batching: str, number: int) -> tuple[floa
     """(tokens per second, share of padding) of our loop."""
     config = apply_overrides(config, [f"task.batching={batching}"])
     run_dir = out / f"{batching}{number}"
-    train_here(config, run_dir)
+    train(config, run_dir)
     lines = [line["metrics"] for line in read_metrics(str(run_dir)) if line["step"] > _WARM]
     seconds = [config.train.global_batch_size * config.train.log_every / line["train/samples_per_second"] for line in lines]
     tokens = sum(line["train/tokens_per_second"] * part for line, part in zip(lines, seconds, strict=True))

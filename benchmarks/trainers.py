@@ -77,12 +77,13 @@ def config_of(task: str, out: Path, steps: int) -> RunConfig:
 
 def ours(task: str, out: Path, steps: int) -> float:
     """Our loop in this process, with logging."""
-    from diptych.pipelines.local import train_here
+    from _runs import train
+
     from diptych.trainers.journal import read_metrics
 
     config = config_of(task, out, steps)
     run_dir = out / f"run-{os.getpid()}"
-    train_here(config, run_dir)
+    train(config, run_dir)
     lines = [line for line in read_metrics(str(run_dir)) if line["step"] >= steps // 5]
     return (lines[-1]["step"] - lines[0]["step"]) * config.train.global_batch_size / (lines[-1]["time"] - lines[0]["time"])
 

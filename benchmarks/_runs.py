@@ -1,4 +1,4 @@
-"""Our training loop in this process with its steps timed: how long each took, and how much of that was the model and the optimizer."""
+"""Whole runs of ours in this process: one that must end as finished, and one whose steps are timed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from torch import Tensor
 
 from diptych.config import RunConfig
 from diptych.datasets.stream import LocalStream
+from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
-from diptych.trainers.loop import train
+from diptych.trainers import loop
 from diptych.trainers.recorder import Recorder, start_attempt
 from diptych.trainers.strategies.ddp import DDPStrategy
 from diptych.trainers.task import Batch, Output
 from diptych.trainers.tasks import load_task_class
 from diptych.trainers.world import World
+
+
+def train(config: RunConfig, run: Path) -> None:
+    """`train_here`, refusing a run that did not finish: its folder may hold one on other data, which nothing may be said of."""
+    result = train_here(config, run)
+    if result["status"] != "finished":
+        raise SystemExit(f"the run in {run} ended as {result['status']}: {result['error']}")
 
 
 class Timed(DDPStrategy):
@@ -59,6 +67,6 @@ def timed_run(config: RunConfig, folder: Path, warm_up: int) -> tuple[list[float
     config = prepared.config
     strategy = Timed(config, load_task_class(config.task.name)(config.task, config.seed), World.current("cpu"))
     recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
-    train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
+    loop.train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
     seconds = [after - before for before, after in itertools.pairwise(strategy.ended)]
     return seconds[warm_up:], strategy.inside[warm_up + 1 :]
