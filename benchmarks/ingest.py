@@ -14,13 +14,11 @@ Contenders take turns; medians, with (lowest to highest). `--memory` measures th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _fresh import add_peers_option, can_import, fresh
 from _results import Results, Row, add_option
 from PIL import Image
 
@@ -301,34 +300,27 @@ def measure(name: str, folder: Path, images: int, target: int, cores: int) -> di
     return (webdataset if kind == "webdataset" else ray_webdataset)(folder, images, target, cores, shipped)
 
 
-def fresh(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """One measurement, in a process of its own."""
-    call = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--images", str(options.images)]
-    call += ["--target", str(options.target), "--cores", str(options.cores)]
-    path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    found = subprocess.run(call, check=False, capture_output=True, text=True, env=environment)
-    if found.returncode:
-        sys.stderr.write(found.stderr[-4000:])
-        raise SystemExit(f"{name} ended with {found.returncode}")
-    return json.loads(found.stdout.splitlines()[-1])
+    words = ["--measure", name, "--folder", str(folder), "--images", str(options.images)]
+    return fresh(__file__, [*words, "--target", str(options.target), "--cores", str(options.cores)], options.peers)
 
 
 def compare(options: argparse.Namespace, folder: Path, results: Results) -> tuple[dict[str, Any], bool]:
     """All contenders in turns; rates, ratios, and whether every goal is met."""
     goals, case = list(GOALS), f"{options.shards.parent.name if options.shards else f'{options.size}² JPEG'} → {options.target}²"
-    if importlib.util.find_spec("streaming") is None:
+    if not can_import("streaming", options.peers):
         print("left out: mosaicml-streaming cannot be imported; --peers FOLDER names where it is installed", file=sys.stderr)
         goals = [goal for goal in goals if goal[1] != "mosaic"]
     else:
-        seconds = {name: fresh(f"prepare-{name}", options, folder)["seconds"] for name in ("ours", "mosaic")}
+        seconds = {name: measured(f"prepare-{name}", options, folder)["seconds"] for name in ("ours", "mosaic")}
         what = f"{case}: until the tars can be read, an index beside a copy in its format"
         results.add(Row(what, "s", [seconds["ours"]], PEERS["mosaic"], [seconds["mosaic"]], less=True))
     names = list(dict.fromkeys(name for goal in goals for name in goal[:2]))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(options.repeat):
         for name in names:
-            runs[name].append(fresh(name, options, folder))
+            runs[name].append(measured(name, options, folder))
             print(f"turn {turn + 1}: {name:20} {runs[name][-1]['rate']:7.0f} images/s", file=sys.stderr)
     rates = {name: [run["rate"] for run in found] for name, found in runs.items()}
     print(f"\n{case}, {options.cores} cores, median of {options.repeat} (lowest to highest)")
@@ -358,7 +350,7 @@ def _record(results: Results, runs: dict[str, list[dict[str, float]]], goal: tup
 
 def memory(options: argparse.Namespace, folder: Path, results: Results) -> tuple[dict[str, Any], bool]:
     """Peak of a read worker."""
-    found = fresh("ours-shipped", options, folder)
+    found = measured("ours-shipped", options, folder)
     met = 0 < found["peak_rss"] < MEMORY_GOAL
     name = f"{options.size}² JPEG → {options.target}²: peak of a read worker"
     results.add(Row(name, "GB", [found["peak_rss"] / 1e9], at_most=MEMORY_GOAL / 1e9))
@@ -379,15 +371,12 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=Path, help="read these tars instead of making some; they must hold at least two thirds of --images"
     )
-    parser.add_argument("--peers", type=Path, help="folder with packages of peers that this environment lacks")
+    add_peers_option(parser)
     parser.add_argument("--folder", type=Path, help="keep the data here; otherwise a temporary folder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add_option(parser)
     options = parser.parse_args()
-    if options.peers:
-        options.peers = options.peers.resolve()
-        sys.path.append(str(options.peers))
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
         return

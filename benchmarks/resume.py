@@ -11,12 +11,9 @@ takes part if it can be imported, also from `--peers FOLDER`. Each side checks t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _fresh import add_peers_option, can_import, fresh
 from _results import Results, Row, Size, add_option
 from PIL import Image
 from scene_shards import write_scenes
@@ -108,16 +106,9 @@ def stateful(folder: Path, slot: int) -> float:
 SIDES = {"ours": ours, "webdataset": webdataset, "stateful": stateful}
 
 
-def fresh(side: str, slot: int, options: argparse.Namespace) -> float:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, str(options.out), "--side", side, "--slots", str(slot)]
-    path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if found.returncode:
-        sys.stderr.write(found.stderr[-4000:])
-        raise SystemExit(f"{side} at slot {slot} ended with {found.returncode}")
-    return float(json.loads(found.stdout.splitlines()[-1])["seconds"])
+def measured(side: str, slot: int, options: argparse.Namespace) -> float:
+    """One measurement, in a process of its own."""
+    return float(fresh(__file__, [str(options.out), "--side", side, "--slots", str(slot)], options.peers)["seconds"])
 
 
 def main() -> None:
@@ -126,7 +117,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192, 32_768])
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--peers", type=Path, help="folder with packages of peers that this environment lacks")
+    add_peers_option(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     add_option(parser)
     options = parser.parse_args()
@@ -134,22 +125,19 @@ def main() -> None:
     if options.side:
         print(json.dumps({"seconds": SIDES[options.side](folder, options.slots[0])}))
         return
-    if options.peers:
-        options.peers = options.peers.resolve()
-        sys.path.append(str(options.peers))
     assert all(slot % BATCH == 0 for slot in options.slots), f"slots are multiples of {BATCH}"
     sides = list(SIDES)
-    if importlib.util.find_spec("torchdata") is None:
+    if not can_import("torchdata", options.peers):
         print("left out: torchdata cannot be imported; --peers FOLDER names where it is installed", file=sys.stderr)
         sides.remove("stateful")
     write_scenes(folder, options.scenes, SIDE)
-    fresh("ours", 0, options)  # builds the manifest
+    measured("ours", 0, options)  # builds the manifest
     results = Results(__file__, options.results)
     for slot in options.slots:
         runs: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(options.repeat):
             for side in sides:
-                runs[side].append(fresh(side, slot, options))
+                runs[side].append(measured(side, slot, options))
         print(f"slot {slot:,}: " + ", ".join(f"{side} {min(seconds):.3f} s" for side, seconds in runs.items()), flush=True)
         # Constant up to what opening files and threads takes from one time to another.
         size = Size("resume", "slots", slot, at_most=0.15)

@@ -15,11 +15,9 @@ after the first fifth of the steps. A peer that is not installed is left out alo
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import time
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _fresh import add_peers_option, can_import, fresh
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
 
@@ -291,17 +290,10 @@ def data(out: Path, scenes: int) -> None:
                         (out / "pictures" / member.name).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
 
 
-def fresh(side: str, task: str, steps: int, options: argparse.Namespace) -> float:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, str(options.out), "--measure", f"{side}/{task}", "--steps", str(steps)]
-    command += ["--loaders", str(options.loaders), "--threads", str(options.threads)]
-    paths = [str(Path(__file__).resolve().parents[1]), str(options.peers or ""), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if found.returncode:
-        sys.stderr.write(found.stderr[-4000:])
-        raise SystemExit(f"{side} of {task} ended with {found.returncode}")
-    return float(json.loads(found.stdout.splitlines()[-1])["rate"])
+def measured(side: str, task: str, steps: int, options: argparse.Namespace) -> float:
+    """One measurement, in a process of its own."""
+    words = [str(options.out), "--measure", f"{side}/{task}", "--steps", str(steps), "--loaders", str(options.loaders)]
+    return float(fresh(__file__, [*words, "--threads", str(options.threads)], options.peers, options.threads)["rate"])
 
 
 def main() -> None:
@@ -314,7 +306,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch, on each side")
     parser.add_argument("--loaders", type=int, default=1, help="loader processes of the peers")
-    parser.add_argument("--peers", type=Path, help="folder with peers' packages, searched before the environment")
+    add_peers_option(parser)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     add_option(parser)
     options = parser.parse_args()
@@ -331,14 +323,14 @@ def main() -> None:
     results = Results(__file__, options.results)
     for task in options.tasks:
         recipe, package, peer = TASKS[task]
-        if importlib.util.find_spec(package) is None and not (options.peers and (options.peers / package).is_dir()):
+        if not can_import(package, options.peers):
             print(f"{task}: {package} is not installed, nothing is measured", flush=True)
             continue
         batch = load_recipe(task, recipe).train.global_batch_size
-        steps = options.steps or max(40, int(fresh("peer", task, 25, options) * options.seconds / batch))
+        steps = options.steps or max(40, int(measured("peer", task, 25, options) * options.seconds / batch))
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         for turn, side in itertools.product(range(options.repeat), rates):
-            rates[side].append(fresh(side, task, steps, options))
+            rates[side].append(measured(side, task, steps, options))
             print(f"{task}, turn {turn + 1}: {side} {rates[side][-1]:9.1f} samples/s", flush=True)
         what = f"{task}/{recipe} trains, batch {batch}, fp32, {options.threads} thread{'s' if options.threads > 1 else ''}"
         row = results.add(Row(what, "samples/s", rates["ours"], peer, rates["peer"], at_least=1.0, headline=True))

@@ -5,11 +5,21 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from support_browser import Browser
 
 from diptych.trainers.picture_files import read_metadata
+
+
+def green_ramp(path: Path) -> Path:
+    """A picture of 64 × 48 pixels, in column x the green 3x, written to `path`."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[..., 1] = np.arange(64, dtype=np.uint8) * 3
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 def finish(browser: Browser, name: str, folder: Path, count: int) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from support_browser import Browser, chromium
 from support_runs import make_shards
-from support_studio import draw, finish, message, pictures_in
+from support_studio import draw, finish, green_ramp, message, pictures_in
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.datasets.manifest import open_manifest
@@ -73,10 +73,7 @@ def browser(address: str) -> Iterator[Browser]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    pixels = np.zeros((48, 64, 3), np.uint8)
-    pixels[..., 1] = np.arange(64, dtype=np.uint8) * 3
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    return green_ramp(tmp_path / "picture.png")
 
 
 def test_tabs_are_what_the_runs_can_do(browser: Browser) -> None:

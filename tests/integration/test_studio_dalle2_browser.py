@@ -11,7 +11,7 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from support_browser import Browser, chromium
 from support_runs import embed_shards, make_shards
-from support_studio import draw, finish, pictures_in
+from support_studio import draw, finish, green_ramp, pictures_in
 
 from diptych.config import apply_overrides, load_recipe
 from diptych.pipelines import export, studio
@@ -48,10 +48,7 @@ def browser(folder: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    pixels = np.zeros((48, 64, 3), np.uint8)
-    pixels[..., 1] = np.arange(64, dtype=np.uint8) * 3
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    return green_ramp(tmp_path / "picture.png")
 
 
 def pixels_of(folder: Path, line: dict) -> np.ndarray:
