@@ -1,8 +1,8 @@
 """The stream on Ray Data: every train worker runs its own, and read tasks on any node fill its blocks.
 
 One read task is one block, so a task's payload is a few kilobytes of rows and slots, and what it returns arrives whole and
-in order. Blocks are handed to Ray Data a bounded segment at a time, so that a run of 10⁹ slots costs what a short one does. Lost read
-workers are Ray's to replace; an error inside a read is raised here as itself.
+in order. Blocks are handed to Ray Data a bounded segment at a time, so that a run of 10⁹ slots costs what a short one does. The first
+block, one step, is read by the training worker itself. Lost read workers are Ray's to replace; an error inside a read is raised here as itself.
 """
 
 from __future__ import annotations
@@ -203,16 +203,22 @@ class RayStream:
                 yield from assembler.add(block, samples)
 
     def _blocks(self) -> Generator[tuple[Block, Samples], None, None]:
-        """Every block, from one segment after the other; the next one begins while this one's last blocks are still read."""
-        overlap = 2 * math.ceil(self.cpus) + self.plan.spec.prefetch_blocks
+        """Every block: the first read here, the others from one segment after the other; the next one begins while this one's last blocks are still read."""
+        plan = self.plan
+        overlap = 2 * math.ceil(self.cpus) + plan.spec.prefetch_blocks
         segments: list[_Segment] = []
 
         def begin(first: int) -> None:
-            if first < self.plan.blocks:
-                segments.append(_Segment(self.plan, first, min(first + SEGMENT_BLOCKS, self.plan.blocks), self.cpus, self.claims))
+            if first < plan.blocks:
+                segments.append(_Segment(plan, first, min(first + SEGMENT_BLOCKS, plan.blocks), self.cpus, self.claims))
 
-        begin(0)
         try:
+            if plan.blocks:
+                # The first block is one step, which need not wait until Ray Data has started.
+                block = plan.block(0)
+                samples = read_rows(plan.spec.source, block.rows, block.wanted, plan.spec.needs, plan.spec.seed)
+                begin(1)
+                yield block, samples
             while segments:
                 for number, item in enumerate(segments[0].read(), segments[0].first):
                     if len(segments) == 1 and segments[0].stop - number <= overlap:

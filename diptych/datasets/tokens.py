@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from diptych.config import ConfigError
-from diptych.datasets.token_files import clean_open_clip, load_files, load_open_clip
+from diptych.token_files import clean_open_clip, load_files, load_open_clip
 from diptych.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ def load_tokenizer(name: str) -> Tokenizer:
         )
     if name == "open_clip" and (clip := load_open_clip()) is not None:
         size = clip.get_vocab_size()
-        return Tokenizer(clip, Vocabulary(size, 0, size - 2, size - 1, tokenizer=clip), clean_open_clip)
+        return Tokenizer(clip, Vocabulary(size, 0, size - 2, size - 1, load=lambda: clip), clean_open_clip)
     found = load_files(name)
     if found is not None:
         backend, special = found
         start, end = special.get("bos_token", special.get("cls_token")), special.get("eos_token", special.get("sep_token"))
         if start is not None and end is not None:
             pad = special.get("pad_token", end)
-            return Tokenizer(backend, Vocabulary(backend.get_vocab_size(), pad, start, end, name, backend))
+            return Tokenizer(backend, Vocabulary(backend.get_vocab_size(), pad, start, end, name, lambda: backend))
     # An older layout, which transformers has to convert; or nothing, which it says best.
     vocabulary = load_vocabulary(name)
     return Tokenizer(vocabulary.tokenizer.backend_tokenizer, vocabulary)

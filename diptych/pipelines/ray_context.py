@@ -7,6 +7,7 @@ Tune each hold some and a job that lacks one hangs without a word; the preflight
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,12 @@ def _import_ray(local: bool) -> Any:
     import ray
 
     return ray
+
+
+def is_up() -> bool:
+    """Whether this process is on a Ray already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @contextmanager

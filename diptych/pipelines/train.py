@@ -6,17 +6,17 @@ the workers: a driver that dies loses nothing, and the same command resumes at t
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import signal
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -31,6 +31,8 @@ from diptych.redaction import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from diptych.pipelines.trial import Trial
+
+T = TypeVar("T")
 
 
 def run(config: RunConfig, parent_run_id: str | None = None, trial: Trial | None = None) -> dict[str, Any]:
@@ -70,9 +72,8 @@ def _run(config: RunConfig, parent_run_id: str | None, trial: Trial | None) -> d
     }
     # Before MLflow is asked, so that a driver that is killed meanwhile leaves the mark by which its run is found again.
     runs_folder.write_driver(run_dir, driver)
-    tracker = _tracker(config, run_dir, driver, prepared.facts, parent_run_id) if config.tracking.enabled else None
-    driver |= {"run_id": tracker.run_id if tracker else "", "uri": without_credentials(tracker.uri) if tracker else ""}
-    runs_folder.write_driver(run_dir, driver)
+    # Ray comes up meanwhile.
+    tracker = _beside(lambda: _tracker(config, run_dir, driver, prepared.facts, parent_run_id) if config.tracking.enabled else None)
     status, result = "failed", {"status": "failed", "error": ""}
     try:
         result = _train(prepared, run_dir, tracker, trial)
@@ -81,19 +82,37 @@ def _run(config: RunConfig, parent_run_id: str | None, trial: Trial | None) -> d
         status = "killed"
         raise
     finally:
+        tracker.exception()  # waits: it writes the same file
         runs_folder.write_driver(run_dir, driver | {"status": status})
         _conclude(prepared, run_dir, tracker, status)
     return {"run_id": driver["run_id"], "run_dir": str(run_dir)} | result
 
 
+def _beside(make: Callable[[], T]) -> Future[T]:
+    """What `make` returns, made in a thread that a process which ends does not wait for."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:  # Raised where the result is asked for.
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 def _tracker(config: RunConfig, run_dir: Path, driver: dict[str, Any], facts: dict[str, Any], parent: str | None) -> tracking.Tracker:
-    """This run's run in MLflow; first, runs are ended that dead drivers left RUNNING."""
+    """This run's run in MLflow, noted in `driver` and its file; first, runs are ended that dead drivers left RUNNING."""
     if parent is None:
         try:
             tracking.reconcile(tracking.tracking_uri(config.tracking.uri))
         except Exception as error:
             note(f"runs of dead drivers stay as they are for now ({tracking.explain(error, config.tracking.uri)})")
-    return tracking.Tracker(config, run_dir, driver["run_id"], facts, parent, driver["mark"])
+    tracker = tracking.Tracker(config, run_dir, driver["run_id"], facts, parent, driver["mark"])
+    driver |= {"run_id": tracker.run_id, "uri": without_credentials(tracker.uri)}
+    runs_folder.write_driver(run_dir, driver)
+    return tracker
 
 
 def _start_from(config: RunConfig, run_dir: Path, digest: str) -> None:
@@ -109,17 +128,19 @@ def _start_from(config: RunConfig, run_dir: Path, digest: str) -> None:
         note(f"starting from {config.train.start_from}: {adopt(own, donor, config, digest)}")
 
 
-def _train(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, trial: Trial | None) -> dict[str, Any]:
-    from contextlib import nullcontext
-
+def _train(prepared: Prepared, run_dir: Path, tracker: Future[tracking.Tracker | None], trial: Trial | None) -> dict[str, Any]:
     config = prepared.config
     cluster = config.cluster
-    with tracker or nullcontext(), ray_context.ray_session(ray_context.required_cpus(config), cluster.address, cluster.logical_cpus):
+    outlived = trial is not None or ray_context.is_up()
+    # Ray comes up meanwhile.
+    _beside(lambda: importlib.import_module("diptych.pipelines.ray_trainer"))
+    with ray_context.ray_session(ray_context.required_cpus(config), cluster.address, cluster.logical_cpus):
         ray_context.preflight_cluster(config)
-        if tracker:
-            tracker.log_environment(cluster_facts())
-        with stopping(run_dir):
-            return _as_trial(_fit(prepared, run_dir, trial), run_dir, trial)
+        with tracker.result() or nullcontext() as tracked:
+            if tracked:
+                tracked.log_environment(cluster_facts())
+            with stopping(run_dir):
+                return _as_trial(_fit(prepared, run_dir, trial, outlived), run_dir, trial)
 
 
 def _as_trial(result: dict[str, Any], run_dir: Path, trial: Trial | None) -> dict[str, Any]:
@@ -129,12 +150,12 @@ def _as_trial(result: dict[str, Any], run_dir: Path, trial: Trial | None) -> dic
     return result | {"status": "paused" if 0 < trial.until <= result["step"] else "pruned"}
 
 
-def _fit(prepared: Prepared, run_dir: Path, trial: Trial | None) -> dict[str, Any]:
-    """Run Ray Train in a thread of its own, so that signals and the progress bar stay with us."""
+def _fit(prepared: Prepared, run_dir: Path, trial: Trial | None, outlived: bool) -> dict[str, Any]:
+    """Run Ray Train in a thread of its own, so that signals and the progress bar stay with us. `outlived`: the Ray goes on without us."""
     outcome = run_dir / "result.json"
     outcome.unlink(missing_ok=True)
     errors: list[BaseException] = []
-    thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, trial, errors), name="ray-train", daemon=True)
+    thread = threading.Thread(target=_fit_thread, args=(prepared, run_dir, trial, outlived, errors), name="ray-train", daemon=True)
     thread.start()
     with following(run_dir, prepared.config, f"{run_dir.name}: " if trial else "") as show:
         while thread.is_alive():
@@ -152,74 +173,16 @@ def _fit(prepared: Prepared, run_dir: Path, trial: Trial | None) -> dict[str, An
     return result
 
 
-def _start_timeout(config: RunConfig) -> float:
-    """Seconds until workers that find no room are planned anew.
+def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, outlived: bool, errors: list[BaseException]) -> None:
+    from diptych.pipelines import ray_trainer
+    from diptych.pipelines.session import payload_of
 
-    Ray counts a lost node as room for some 20 s more: an elastic group planned then must not wait for it long.
-    """
-    waits = config.cluster.autoscaling or not ray_context.is_elastic(config)
-    return config.cluster.start_timeout_seconds if waits else min(30.0, config.cluster.start_timeout_seconds)
-
-
-def _fit_thread(prepared: Prepared, run_dir: Path, trial: Trial | None, errors: list[BaseException]) -> None:
-    # Relative paths in the configuration mean the driver's working folder, in the workers too.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout(prepared.config)))
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from diptych.pipelines.failures import FailureLog
-    from diptych.pipelines.process_group import ProcessGroupConfig
-    from diptych.pipelines.session import payload_of, train_worker
-
-    config, cluster = prepared.config, prepared.config.cluster
-    if trial is not None and config.workers == 1 and config.train.strategy == "ddp":
-        _fit_alone(prepared, run_dir, trial, errors)
-        return
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    # Each loss of a node may cost an elastic run one start that finds no room, see `_start_timeout`.
-    controller_failures = cluster.controller_failures + (cluster.max_failures if ray_context.is_elastic(config) else 0)
-    backend = "nccl" if cluster.gpus_per_worker else "gloo"
+    config, payload = prepared.config, payload_of(prepared, run_dir, trial)
     try:
-        DataParallelTrainer(
-            train_worker,
-            train_loop_config=payload_of(prepared, run_dir, trial),
-            backend_config=ProcessGroupConfig(backend=backend, timeout_s=int(config.train.collective_timeout_seconds)),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers if isinstance(config.workers, int) else (config.least_workers, config.most_workers),
-                use_gpu=bool(cluster.gpus_per_worker),
-                resources_per_worker=resources,
-                elastic_resize_monitor_interval_s=cluster.resize_seconds,
-            ),
-            # Our own checkpoints are the authority; a new name each time keeps Ray from restoring its snapshot of an earlier try.
-            run_config=RayRunConfig(
-                name=f"ray-{time.time_ns()}",
-                storage_path=cluster.storage or str(run_dir / "ray"),
-                callbacks=[FailureLog(str(run_dir))],
-                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=controller_failures),
-            ),
-        ).fit()
-    except BaseException as error:  # Handed to the main thread, which decides.
-        errors.append(error)
-
-
-def _fit_alone(prepared: Prepared, run_dir: Path, trial: Trial, errors: list[BaseException]) -> None:
-    """A trial of one worker as one Ray task: no group of workers has to come up, and later trials find its process warm."""
-    import ray
-
-    from diptych.pipelines.session import payload_of, train_alone
-
-    config, cluster = prepared.config, prepared.config.cluster
-    task = ray.remote(train_alone).options(
-        name=run_dir.name,
-        num_cpus=ray_context.required_cpus(config),
-        num_gpus=cluster.gpus_per_worker,
-        max_retries=cluster.max_failures,
-        retry_exceptions=True,
-    )
-    try:
-        ray.get(task.remote(payload_of(prepared, run_dir, trial)))
+        if trial is not None and config.workers == 1 and config.train.strategy == "ddp":
+            ray_trainer.fit_alone(config, payload, run_dir)
+        else:
+            ray_trainer.fit(config, payload, run_dir, outlived)
     except BaseException as error:  # Handed to the main thread, which decides.
         errors.append(error)
 
@@ -262,20 +225,20 @@ def stopping(run_dir: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, status: str) -> None:
+def _conclude(prepared: Prepared, run_dir: Path, tracker: Future[tracking.Tracker | None], status: str) -> None:
     """Merge the trace, copy artifacts, end the MLflow run with the right status."""
     from diptych.pipelines.trace import write_trace
 
     if prepared.config.data.trace:
         write_trace(run_dir, prepared.manifest)
-    if tracker is None:
+    if tracker.exception() is not None or (tracked := tracker.result()) is None:
         return
     try:
-        tracker.log_artifacts(run_dir / "samples", "samples")
-        tracker.log_artifacts(run_dir / "ledger", "ledger")
+        tracked.log_artifacts(run_dir / "samples", "samples")
+        tracked.log_artifacts(run_dir / "ledger", "ledger")
     except Exception as error:  # A tracking server that is away must not turn a finished run into a failed one.
         note(f"artifacts not copied to MLflow ({error}); they stand in {run_dir}")
-    tracker.end(tracking.mlflow_status(status))
+    tracked.end(tracking.mlflow_status(status))
 
 
 def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:

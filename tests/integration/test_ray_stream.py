@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,22 @@ def test_a_finite_stream_ends(ray_session: Any, spec: StreamSpec) -> None:
     assert_same(list(LocalStream(finite, 1, 2, 0, None)), list(ray_stream.RayStream(finite, 1, 2, 0, None, cpus=0.5)))
 
 
-def test_the_readers_error_arrives_as_itself(ray_session: Any, spec: StreamSpec) -> None:
-    lost = replace(spec, source=replace(spec.source, root="/does/not/exist"))
+@pytest.mark.parametrize("there", [[], ["00000.tar"]], ids=["in the worker", "in a read task"])
+def test_the_readers_error_arrives_as_itself(ray_session: Any, spec: StreamSpec, tmp_path: Path, there: list[str]) -> None:
+    for name in there:
+        (tmp_path / name).symlink_to(Path(spec.source.root, name))
+    good = np.setdiff1d(np.arange(SAMPLES), sorted(BAD))
+    lost = replace(spec, source=replace(spec.source, root=str(tmp_path)), selection=Selection(good, len(good), "good"), finite=True)
     with pytest.raises(FileNotFoundError) as caught:
-        list(ray_stream.RayStream(lost, 0, 1, 0, 5, cpus=1))
-    assert str(caught.value) == "[Errno 2] No such file or directory: '/does/not/exist/00000.tar'"
-    assert "read_rows" in caught.value.__notes__[0]
+        list(ray_stream.RayStream(lost, 0, 1, 0, None, cpus=1))
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/0000{len(there)}.tar'"
+    assert not there or "read_rows" in caught.value.__notes__[0]
+
+
+def test_the_first_block_needs_no_ray(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_stream, "_Segment", None)
+    one_step = replace(spec, selection=Selection(np.arange(10), 10, "held out"), finite=True)
+    assert_same(list(LocalStream(one_step, 0, 1, 0, None)), list(ray_stream.RayStream(one_step, 0, 1, 0, None)))
 
 
 def test_a_lost_read_worker_is_replaced_and_nothing_is_lost(ray_session: Any, spec: StreamSpec) -> None:

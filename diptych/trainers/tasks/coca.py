@@ -212,7 +212,7 @@ class CocaTask(Task):
     @property
     def _captions_images(self) -> bool:
         """Whether there is a trained decoder, and a tokenizer to read its ids."""
-        return self.config.caption_weight > 0 and self.vocabulary.tokenizer is not None
+        return self.config.caption_weight > 0 and self.vocabulary.load is not None
 
     def _captioned(self, batches: Iterable[Batch]) -> tuple[list[str], list[str]]:
         """True and greedily made captions of all samples."""

@@ -1,7 +1,7 @@
 """Tokenizers straight from their files, through the `tokenizers` package alone.
 
 A read worker needs ids and nothing else: transformers and open_clip would bring torch into every one of them, seconds at its start and
-half a gigabyte while it lives. What is loaded here gives the same ids as `diptych.vocabulary` does, which the tasks use.
+half a gigabyte while it lives. What is loaded here gives the same ids as the tokenizer of `diptych.vocabulary`, which the tasks use.
 """
 
 from __future__ import annotations
