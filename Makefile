@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest resume scale kernels reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps trainers overhead memory simulate kills real_sizes
+BENCH ?= ingest resume scale kernels verbs reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps trainers overhead memory simulate kills real_sizes
 PROMPTS ?= ../shared/data/prompts.txt
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_prompts = $(PROMPTS) runs/bench-prompts
@@ -33,6 +33,7 @@ ARGS_embed = ../shared/data/pomological
 ARGS_overhead = runs/bench-overhead
 ARGS_trainers = runs/bench-trainers
 ARGS_memory = runs/bench-memory
+ARGS_verbs = runs/bench-verbs
 ARGS_simulate = runs/bench-simulate
 ARGS_page =
 # Where figures are recorded; RESULTS= records nothing.

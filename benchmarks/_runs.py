@@ -13,6 +13,7 @@ from diptych.config import RunConfig
 from diptych.datasets.stream import LocalStream
 from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
+from diptych.pipelines.session import StreamFactory
 from diptych.trainers import loop
 from diptych.trainers.recorder import Recorder, start_attempt
 from diptych.trainers.strategies.ddp import DDPStrategy
@@ -21,9 +22,9 @@ from diptych.trainers.tasks import load_task_class
 from diptych.trainers.world import World
 
 
-def train(config: RunConfig, run: Path) -> None:
+def train(config: RunConfig, run: Path, make_stream: StreamFactory | None = None) -> None:
     """`train_here`, refusing a run that did not finish: its folder may hold one on other data, which nothing may be said of."""
-    result = train_here(config, run)
+    result = train_here(config, run, make_stream=make_stream)
     if result["status"] != "finished":
         raise SystemExit(f"the run in {run} ended as {result['status']}: {result['error']}")
 

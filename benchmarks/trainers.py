@@ -8,7 +8,7 @@
 * clip_vit: the loop of the image-to-prompt project: pictures as files, torchvision's transforms, a DataLoader, AdamW, a cosine schedule.
 
 GPT-2 stands beside transformers' Trainer in `text.py`, Stable Diffusion beside diffusers' script in `sd_steps.py`. Peers get one loader process beside
-one training thread, which was their best on 2 cores; ours trains in one thread too and reads in another of the same process. Fresh processes in turn; rates
+one training thread, which was their best on 2 cores; ours trains in one thread too, and Ray reads with one CPU. Fresh processes in turn; rates
 after the first fifth of the steps. A peer that is not installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
 """
 
@@ -22,6 +22,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,17 @@ def config_of(task: str, out: Path, steps: int) -> RunConfig:
 
 
 def ours(task: str, out: Path, steps: int) -> float:
-    """Our loop in this process, with logging."""
+    """Our loop in this process, with logging, and reading in Ray's, as in a worker of `diptych train`."""
     from _runs import train
 
+    from diptych.datasets.ray_stream import RayStream
+    from diptych.pipelines.ray_context import ray_session
     from diptych.trainers.journal import read_metrics
 
     config = config_of(task, out, steps)
     run_dir = out / f"run-{os.getpid()}"
-    train(config, run_dir)
+    with ray_session(cpus=1):
+        train(config, run_dir, partial(RayStream, cpus=1))
     lines = [line for line in read_metrics(str(run_dir)) if line["step"] >= steps // 5]
     return (lines[-1]["step"] - lines[0]["step"]) * config.train.global_batch_size / (lines[-1]["time"] - lines[0]["time"])
 
