@@ -38,7 +38,7 @@ class DataConfig(Config):
     """Repeated tries of one read after a transient error, with exponential backoff."""
     decoder: Literal["auto", "pil", "opencv"] = "auto"
     """JPEG decoder; `auto` is the fastest one installed. Both use a reduced DCT scale when the target is smaller."""
-    block_megabytes: float = pydantic.Field(64.0, gt=0, le=96)
+    block_megabytes: float = pydantic.Field(32.0, gt=0, le=96)
     """Upper bound of one worker's block of consecutive steps, in MB of decoded batch."""
     prefetch_blocks: int = pydantic.Field(2, ge=1)
     """Blocks that are read ahead, per worker."""

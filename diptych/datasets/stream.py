@@ -46,7 +46,7 @@ class StreamSpec:
     shuffle: bool = True
     shuffle_chunk: int = 32
     shuffle_group: int = 8192
-    block_megabytes: float = 64.0
+    block_megabytes: float = 32.0
     prefetch_blocks: int = 2
 
     @classmethod
