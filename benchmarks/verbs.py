@@ -15,6 +15,7 @@ Every measurement is a fresh process, whose imports count; sides take turns. No 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from _fresh import fresh
@@ -137,7 +137,7 @@ VERBS: dict[str, tuple[Callable[[Path, Path], int], Callable[[Path, Path], int]]
 }
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(folder: Path) -> Iterator[None]:
     """`folder` on a port of this machine, with its pictures' addresses in `urls.csv`."""
     with socket.socket() as probe:
@@ -150,7 +150,12 @@ def served(folder: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        time.sleep(1)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            if server.poll() is not None:
+                raise SystemExit(f"the server of {folder} ended with {server.returncode}")
+            time.sleep(0.05)
         yield
     finally:
         server.terminate()
@@ -172,7 +177,7 @@ def compare(verb: str, count: int, options: argparse.Namespace, results: Results
     """Both sides in turn at one size."""
     source = scenes(options.out, count) if verb == "index" else pictures(options.out, count)
     runs: dict[str, list[float]] = {"ours": [], "peer": []}
-    with served(source) if verb == "ingest" else nullcontext():
+    with served(source) if verb == "ingest" else contextlib.nullcontext():
         for _ in range(options.repeat):
             for side, seconds in runs.items():
                 seconds.append(measured(verb, side, source, options.out, count))

@@ -7,7 +7,6 @@ Tune each hold some and a job that lacks one hangs without a word; the preflight
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,10 +138,9 @@ def _import_ray(local: bool) -> Any:
     return ray
 
 
-def is_up() -> bool:
-    """Whether this process is on a Ray already."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
+def is_up(config: RunConfig) -> bool:
+    """Whether this process is on a Ray already. Imports Ray, with the settings that it reads once."""
+    return bool(_import_ray(local=not joins_cluster(config)).is_initialized())
 
 
 @contextmanager

@@ -67,8 +67,8 @@ def _run(config: RunConfig, parent_run_id: str | None, trial: Trial | None) -> d
         "digest": prepared.facts["digest"],
         "facts": without_secrets(prepared.facts),
         "mark": former.get("mark") or uuid.uuid4().hex,
-        "run_id": former.get("run_id", ""),
-        "uri": former.get("uri", ""),
+        "run_id": former.get("run_id", "") if config.tracking.enabled else "",
+        "uri": former.get("uri", "") if config.tracking.enabled else "",
     }
     # Before MLflow is asked, so that a driver that is killed meanwhile leaves the mark by which its run is found again.
     runs_folder.write_driver(run_dir, driver)
@@ -82,9 +82,10 @@ def _run(config: RunConfig, parent_run_id: str | None, trial: Trial | None) -> d
         status = "killed"
         raise
     finally:
-        tracker.exception()  # waits: it writes the same file
+        # Waits for it, which writes the same file.
+        tracked = tracker.result() if tracker.exception() is None else None
         runs_folder.write_driver(run_dir, driver | {"status": status})
-        _conclude(prepared, run_dir, tracker, status)
+        _conclude(prepared, run_dir, tracked, status)
     return {"run_id": driver["run_id"], "run_dir": str(run_dir)} | result
 
 
@@ -131,8 +132,8 @@ def _start_from(config: RunConfig, run_dir: Path, digest: str) -> None:
 def _train(prepared: Prepared, run_dir: Path, tracker: Future[tracking.Tracker | None], trial: Trial | None) -> dict[str, Any]:
     config = prepared.config
     cluster = config.cluster
-    outlived = trial is not None or ray_context.is_up()
-    # Ray comes up meanwhile.
+    outlived = ray_context.is_up(config) or trial is not None
+    # Ray, which `is_up` has imported with its settings, comes up meanwhile.
     _beside(lambda: importlib.import_module("diptych.pipelines.ray_trainer"))
     with ray_context.ray_session(ray_context.required_cpus(config), cluster.address, cluster.logical_cpus):
         ray_context.preflight_cluster(config)
@@ -225,20 +226,20 @@ def stopping(run_dir: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _conclude(prepared: Prepared, run_dir: Path, tracker: Future[tracking.Tracker | None], status: str) -> None:
+def _conclude(prepared: Prepared, run_dir: Path, tracker: tracking.Tracker | None, status: str) -> None:
     """Merge the trace, copy artifacts, end the MLflow run with the right status."""
     from diptych.pipelines.trace import write_trace
 
     if prepared.config.data.trace:
         write_trace(run_dir, prepared.manifest)
-    if tracker.exception() is not None or (tracked := tracker.result()) is None:
+    if tracker is None:
         return
     try:
-        tracked.log_artifacts(run_dir / "samples", "samples")
-        tracked.log_artifacts(run_dir / "ledger", "ledger")
+        tracker.log_artifacts(run_dir / "samples", "samples")
+        tracker.log_artifacts(run_dir / "ledger", "ledger")
     except Exception as error:  # A tracking server that is away must not turn a finished run into a failed one.
         note(f"artifacts not copied to MLflow ({error}); they stand in {run_dir}")
-    tracked.end(tracking.mlflow_status(status))
+    tracker.end(tracking.mlflow_status(status))
 
 
 def resolve(task: str, recipe: str, config_file: str, overrides: list[str]) -> RunConfig:

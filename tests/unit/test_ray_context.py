@@ -19,7 +19,10 @@ def shipped_under_uv_run(code: str, **environment: str) -> bool:
     return answer.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("code", ["ray_context.local_gpus()", "ray_context._import_ray(local=True)"])
+IS_UP = "from diptych.config import load_recipe; ray_context.is_up(load_recipe('coca', 'smoke'))"
+
+
+@pytest.mark.parametrize("code", ["ray_context.local_gpus()", "ray_context._import_ray(local=True)", IS_UP])
 def test_a_local_ray_ships_no_environment(code: str) -> None:
     assert not shipped_under_uv_run(code)
 

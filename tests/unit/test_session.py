@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from diptych.datasets.stream import LocalStream, StreamSpec
 from diptych.pipelines.runs_folder import write_driver
 from diptych.pipelines.session import payload_of, run_session
 from diptych.trainers.attempts import newest_attempt
-from diptych.trainers.checkpoint import begin_attempt
+from diptych.trainers.checkpoint import begin_attempt, newest_whole
 from diptych.trainers.runfolder import RunFolder
 
 TAKEN_OVER = 5
@@ -30,10 +31,18 @@ def session(payload: dict[str, Any]) -> dict[str, Any]:
     def stream(spec: StreamSpec, rank: int, size: int, first: int, stop: int | None) -> Iterator[StepBatch]:
         for share in LocalStream(spec, rank, size, first, stop):
             if share.step == TAKEN_OVER and rank == 0:
+                _wait_for_checkpoint(payload["run_dir"])
                 begin_attempt(payload["run_dir"], size)
             yield share
 
     return run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), stream)
+
+
+def _wait_for_checkpoint(run_dir: str) -> None:
+    """It is written beside training, and one that comes after the takeover is fenced."""
+    deadline = time.monotonic() + 60
+    while newest_whole(RunFolder(run_dir)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

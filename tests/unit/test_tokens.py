@@ -105,3 +105,28 @@ def test_a_read_worker_needs_no_torch_for_ids(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_a_task_counts_ids_without_transformers(tmp_path: Path, size: int) -> None:
+    """It takes a second to import in every training worker, which may never decode a text."""
+    train_tokenizer(CAPTIONS, size, tmp_path)
+    code = "import sys; from diptych.vocabulary import load_vocabulary; found = load_vocabulary(sys.argv[1]); "
+    code += "print('transformers' in sys.modules, found.size, found.pad, found.start, found.end); print(found.decode([found.start, 5, 6, found.end]))"
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout.splitlines()
+    from transformers import AutoTokenizer
+
+    whole = AutoTokenizer.from_pretrained(str(tmp_path))
+    numbers = [len(whole), whole.pad_token_id, whole.bos_token_id, whole.eos_token_id]
+    assert answer[0].split() == ["False", *map(str, numbers)]
+    assert answer[1:] == [" ".join(whole.decode([5, 6]).split())]
+
+
+def test_a_role_that_only_the_tokenizers_class_knows_is_found(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(str(tmp_path / "whole"))
+    vocabulary = load_vocabulary(str(tmp_path / "whole"))
+    assert (vocabulary.size, vocabulary.pad, vocabulary.start, vocabulary.end) == (7, 0, 2, 3)
