@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
+import http.server
 import json
 import multiprocessing
 import os
@@ -147,7 +149,7 @@ def served(folder: Path) -> Iterator[None]:
         table = csv.writer(urls)
         table.writerow(["url", "caption"])
         table.writerows([f"http://127.0.0.1:{port}/{row['file_name']}", row["text"]] for row in csv.DictReader(file))
-    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
+    command = [sys.executable, __file__, str(folder), "--serve", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while True:
@@ -160,6 +162,13 @@ def served(folder: Path) -> Iterator[None]:
     finally:
         server.terminate()
         server.wait()
+
+
+def serve(folder: Path, port: int) -> None:
+    """Files of `folder`, for ever. The library's own queue of five connections would turn downloaders away."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    http.server.ThreadingHTTPServer.request_queue_size = 1024
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), handler).serve_forever()
 
 
 def measured(verb: str, side: str, source: Path, out: Path, count: int) -> float:
@@ -194,11 +203,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="instead of the sizes of each verb; multiples of 4,000 for index")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     add_option(parser)
     options = parser.parse_args()
     options.out = options.out.resolve()
+    if options.serve:
+        serve(options.out, options.serve)
     if options.measure:
         side, verb = options.measure.split("/")
         print(json.dumps({"samples": VERBS[verb][side == "peer"](options.source, options.target)}))
