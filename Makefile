@@ -12,35 +12,39 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-# Scripts of benchmarks/, and what those that need it are called with.
-BENCH ?= ingest resume scale kernels verbs reorder dedup embed text prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 sd_steps trainers overhead memory simulate kills real_sizes
+# Scripts of benchmarks/: what `make bench` runs, some two hours; what learns, paints, is killed or is of published size, longer; and their words.
+BENCH ?= kernels sd_steps overhead trainers text ingest resume verbs reorder embed dedup scale simulate memory
+LONG = prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 kills real_sizes
 PROMPTS ?= ../shared/data/prompts.txt
-ARGS_text = $(PROMPTS) runs/bench-text
-ARGS_prompts = $(PROMPTS) runs/bench-prompts
-ARGS_clip_vit = runs/bench-clip_vit
-ARGS_coca = runs/bench-coca
-ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
-ARGS_pictures_sd = runs/bench-pictures_sd
-ARGS_sd_steps = runs/bench-sd_steps
-ARGS_sd_lora = runs/bench-pictures_sd
-ARGS_kills = runs/bench-kills
-ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
 SIZES ?= clip
 PEERS ?=
-ARGS_ingest = $(addprefix --peers ,$(PEERS))
+MINUTES ?= 10
+ARGS_clip_vit = runs/bench-clip_vit
+ARGS_coca = runs/bench-coca
+ARGS_dedup = --rows 31600 100000 316000
+ARGS_embed = ../shared/data/pomological --repeat 1 --count 512
+ARGS_ingest = --images 4000 $(addprefix --peers ,$(PEERS))
+ARGS_kills = runs/bench-kills
+ARGS_memory = runs/bench-memory --minutes $(MINUTES)
+ARGS_overhead = runs/bench-overhead --seconds 5
+ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
+ARGS_pictures_sd = runs/bench-pictures_sd
+ARGS_prompts = $(PROMPTS) runs/bench-prompts
+ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
+ARGS_reorder = --rows 100000 1000000 10000000 --repeat 2
 ARGS_resume = runs/bench-resume $(addprefix --peers ,$(PEERS))
-ARGS_embed = ../shared/data/pomological
-ARGS_overhead = runs/bench-overhead
-ARGS_trainers = runs/bench-trainers
-ARGS_memory = runs/bench-memory
-ARGS_verbs = runs/bench-verbs
+ARGS_sd_lora = runs/bench-pictures_sd
+ARGS_sd_steps = runs/bench-sd_steps
 ARGS_simulate = runs/bench-simulate
+ARGS_text = $(PROMPTS) runs/bench-text
+ARGS_trainers = runs/bench-trainers --seconds 5 --repeat 5
+ARGS_verbs = runs/bench-verbs
 ARGS_page =
 # Where figures are recorded; RESULTS= records nothing.
 RESULTS ?= benchmarks/results
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint format bench docs pins clean
+.PHONY: help install demo test test-all lint format bench bench-long docs pins clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,10 +82,13 @@ format: $(STAMP)  ## Format and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## The figures that are quoted, each beside its peer, then their page (BENCH="ingest scale" chooses)
+bench: $(STAMP)  ## Speed beside the peers, at scale and in memory, then the page of all figures (BENCH="ingest scale" chooses)
 	@failed=; for name in $(BENCH); do $(MAKE) --no-print-directory bench-$$name || failed="$$failed $$name"; done; \
 	$(BIN)/python benchmarks/page.py $(if $(RESULTS),--results $(RESULTS)) || exit; \
 	test -z "$$failed" || { echo "failed, or missed a goal:$$failed" >&2; exit 1; }
+
+bench-long: $(STAMP)  ## What takes hours: learning, painting, kills, published sizes; then the page
+	@$(MAKE) --no-print-directory bench BENCH="$(LONG)"
 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py $(ARGS_$*) $(if $(RESULTS),--results $(RESULTS))

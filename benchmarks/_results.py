@@ -1,7 +1,7 @@
 """What a benchmark found: rows beside their peers, with the spread over repeats, the goal, the command and the machine.
 
-A script makes one `Results`, adds its rows, and ends with `finish()`, which shows them and, where `--results FOLDER` was given, records
-them in FOLDER/SCRIPT.json; `page.py` writes the pages from these files. A row that is measured again on a machine of the same
+A script makes one `Results`, adds its rows, which are recorded in FOLDER/SCRIPT.json at once where `--results FOLDER` was given, so
+that a call that is interrupted keeps what it measured, and ends with `finish()`, which shows them; `page.py` writes the pages from these files. A row that is measured again on a machine of the same
 kind takes the place of the old one, so a script may be called once per size. Ratios are above 1 where ours is better.
 """
 
@@ -171,6 +171,8 @@ class Results:
         """Add one row."""
         assert row.what not in [known.what for known in self.rows], f"{row.what}: twice"
         self.rows.append(row)
+        if self.folder:
+            self._record(self.folder)
         return row
 
     def check(self, what: str, held: bool) -> Row:
@@ -178,7 +180,7 @@ class Results:
         return self.add(Row(what, "yes/no", [float(held)], at_least=1.0))
 
     def finish(self) -> bool:
-        """Show the rows on standard error, record them where a folder was given; whether every goal is met."""
+        """Show the rows on standard error; whether every goal is met."""
         from diptych.pipelines.console import note
 
         note(f"{self.script}: medians (lowest to highest)")
@@ -188,9 +190,7 @@ class Results:
         found = growths(self.rows)
         for growth in found:
             note(f"  {growth.family}: seconds grow as {growth.name} to the power of {exponents(growth)}")
-        if self.folder:
-            self._record(self.folder)
-        else:
+        if not self.folder:
             note("  not recorded: --results benchmarks/results does that, then benchmarks/page.py writes the pages")
         return all(one.met is not False for one in (*self.rows, *found))
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,13 +129,12 @@ def record(results: Results, runs: dict[str, list[dict[str, Any]]], rows: int, d
     results.add(Row(f"{case}: recall of planted pairs", "", [run["recall"] for run in ours], at_least=0.99))
     results.add(Row(f"{case}: lowest cosine of a pair found", "", [run["lowest_cosine"] for run in ours], at_least=THRESHOLD))
     results.add(Row(f"{case}: peak memory", "MB", [run["peak_mb"] for run in ours]))
-    results.finish()
 
 
 def main() -> None:
     """Generate once, measure each side in a process of its own, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 316_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--probes", type=int, default=6)
     parser.add_argument("--sampled", type=int, default=20_000)
@@ -156,27 +154,34 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="diptych-dedup-"))
+    recorded = Results(__file__, arguments.results)
+    for rows in arguments.rows:
+        with tempfile.TemporaryDirectory(prefix="diptych-dedup-") as scratch:
+            work = arguments.work / str(rows) if arguments.work else Path(scratch)
+            runs = measured(arguments, rows, work)
+        record(recorded, runs, rows, arguments.dim)
+        last = {side: found[-1] for side, found in runs.items()}
+        print(json.dumps({"benchmark": "dedup", "rows": rows, "dim": arguments.dim, "threshold": THRESHOLD, "results": last}))
+    sys.exit(0 if recorded.finish() else 1)
+
+
+def measured(arguments: argparse.Namespace, rows: int, work: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each side found in each of its turns, on vectors that are generated once."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "vectors.npy").exists():
-        vectors, planted = generate(arguments.rows, arguments.dim)
+        vectors, planted = generate(rows, arguments.dim)
         np.save(work / "planted.npy", planted)
         np.save(work / "vectors.npy", vectors)
         del vectors
-    results: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
     for side in arguments.only * arguments.repeat:
         command = [sys.executable, __file__, "--side", side, "--work", str(work), "--probes", str(arguments.probes)]
         command += ["--sampled", str(arguments.sampled)]
         environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
         answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        results[side] = json.loads(answer.splitlines()[-1])
-        runs.setdefault(side, []).append(results[side])
-        print(side, json.dumps(results[side], indent=2), flush=True)
-    if not arguments.work:
-        shutil.rmtree(work)
-    record(Results(__file__, arguments.results), runs, arguments.rows, arguments.dim)
-    print(json.dumps({"benchmark": "dedup", "rows": arguments.rows, "dim": arguments.dim, "threshold": THRESHOLD, "results": results}))
+        runs.setdefault(side, []).append(json.loads(answer.splitlines()[-1]))
+        print(side, json.dumps(runs[side][-1], indent=2), flush=True)
+    return runs
 
 
 if __name__ == "__main__":

@@ -202,9 +202,9 @@ def test_every_benchmark_has_a_target() -> None:
     """What `make bench` runs exists, and each script can be run by `make bench-NAME`."""
     makefile = (ROOT / "Makefile").read_text()
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
-    match = re.search(r"^BENCH \?= (.*)$", makefile, re.MULTILINE)
-    assert match
-    named = set(match[1].split()) | set(re.findall(r"^ARGS_(\w+) =", makefile, re.MULTILINE))
+    lists = re.findall(r"^(?:BENCH \?|LONG )= (.*)$", makefile, re.MULTILINE)
+    assert len(lists) == 2
+    named = set(" ".join(lists).split()) | set(re.findall(r"^ARGS_(\w+) =", makefile, re.MULTILINE))
     assert named == scripts
 
 
