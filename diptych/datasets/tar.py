@@ -142,7 +142,7 @@ class _Walk:
         reason = _unsafe(name)
         if reason:
             yield self._fault("unsafe_name", f"{name!r} {reason}", name)
-        elif any(keyword.startswith("GNU.sparse") for keyword in self.pending):
+        elif self.pending and any(keyword.startswith("GNU.sparse") for keyword in self.pending):
             yield self._fault("not_a_file", f"{name!r} is {_OTHER_TYPES['S']}", name)
         elif not name.endswith("/"):
             self.last_name = name
@@ -239,6 +239,8 @@ class _Walk:
                 raise HeaderError("a long name cut by a NUL byte")
 
     def _name_and_size(self, header: Header) -> tuple[str, int]:
+        if not self.pending and not self.everywhere:
+            return header.name.decode("utf-8", "surrogateescape"), header.size
         # Nothing but this repetition guards a GNU long name.
         if not self.pending.get(LONG_NAME, header.name).startswith(header.name[:99]):
             raise HeaderError("a long name that is not that of its header")
