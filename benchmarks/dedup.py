@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _memory import peak_megabytes
 from _results import Results, Row, Size, add_option
 
 THRESHOLD = 0.9
@@ -104,12 +105,6 @@ def searched(path: Path, planted: np.ndarray, side: str, sampled: int) -> dict[s
         "seconds_built": built, "seconds_sampled": seconds, "seconds_all": built + seconds * rows / len(queries), "cpu_seconds_all": busy_built + busy * rows / len(queries), "sampled": len(queries),
         "recall": float(hit.mean()), "peak_mb": peak_megabytes(),
     }  # fmt: skip
-
-
-def peak_megabytes() -> float:
-    """Peak resident memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def record(results: Results, runs: dict[str, list[dict[str, Any]]], rows: int, dim: int) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from _fresh import add_peers_option, can_import, fresh
+from _memory import status_megabytes
 from _results import Results, Row, add_option
 from PIL import Image
 
@@ -139,9 +140,8 @@ def read_worker_peak() -> float:
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[0].startswith("ray::"):
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peaks.append(1024.0 * int(status.partition("VmHWM:")[2].split()[0]))
-        except (psutil.Error, OSError, IndexError):
+                peaks.append(1e6 * status_megabytes("VmHWM", process.pid))
+        except (psutil.Error, OSError, IndexError, StopIteration):
             continue
     return max(peaks)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import peak_megabytes
 from _results import Results, Row, add_option
 
 from diptych.config import RunConfig, apply_overrides, load_recipe, set_path
@@ -29,11 +29,6 @@ from diptych.trainers.strategies import make_strategy
 from diptych.trainers.tasks import load_task_class
 
 _GB = 1e9
-
-
-def peak_gb() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB
 
 
 def step(config: RunConfig, batch_size: int) -> dict[str, Any]:
@@ -63,7 +58,7 @@ def step(config: RunConfig, batch_size: int) -> dict[str, Any]:
         "build_seconds": round(built, 1),
         "step_seconds": round(seconds, 1),
         "optimizer_gb": strategy.optimizer_bytes() / _GB,
-        "peak_gb": round(peak_gb(), 2),
+        "peak_gb": round(peak_megabytes() / 1000, 2),
     }
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from _memory import peak_megabytes
 from _results import Results, Row, Size, add_option
 
 SHARD, WIDTH, PARTITION, DEAD = 10_000, 4, 1_000_000, 100
@@ -108,12 +109,6 @@ def check(out: Path, rows: int) -> None:
         expected = np.where(urls % DEAD == DEAD - 1, 0, urls % 2000 + 1).astype(np.float16)
         assert found.dtype == np.float16, f"shard {number} has another dtype"
         assert np.array_equal(found[:, 0], expected), f"shard {number} is wrong"
-
-
-def peak_megabytes() -> float:
-    """Peak resident memory of this process. (`ru_maxrss` would count the parent's before the start.)"""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def measure(side: str, source: Path, out: Path, rows: int) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Five thousand million samples, by simulation: what grows is measured at three sizes and extrapolated, what is counted is counted with the real code.
 
-    .venv/bin/python benchmarks/simulate.py OUT --rows 100000 300000 1000000 --samples 5000000000
+    .venv/bin/python benchmarks/simulate.py OUT --rows 1000000 3000000 10000000 --samples 5000000000
 
-* manifest: tars of 10,000 samples are walked by the indexer and written; seconds, bytes and peak memory at each of `--rows`, and what they
-  come to at `--samples` in proportion (memory: on a straight line); the fitted exponents say whether that is fair. The tars are links to one, but each is walked, and each has keys of its own.
+* manifest: tars of 10,000 samples are written by the indexer, each with keys of its own; seconds, bytes and peak memory at each of `--rows`, and what they come to at
+  `--samples` in proportion (memory: on a straight line); the fitted exponents say whether that is fair. One tar is walked `WALKS` times; how walking grows, `verbs.py` measures.
+  Memory is that which is private: what is mapped of files is page cache. The pieces of which the indexer takes a manifest are made smaller than the smallest of `--rows`, so that only what really grows is carried on.
 * order: the order of an epoch at a hundredth, a tenth and all of `--samples`, made anew as by a worker that resumes; seconds and memory, for each `--chunk`.
 * cluster: 256 workers take steps of 16,384 samples from pictures of 20 to 60 kB in an object store, through 64 readers. Plans, order, coalescing of
   ranges and read tasks are those of `diptych train`; only the bytes are made up. Requests, bytes and the blocks that cross the network are counted.
@@ -25,69 +26,82 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from _memory import PrivateMemory, peak_megabytes
 from _results import Results, Row, Size, add_option
 
+if TYPE_CHECKING:
+    from diptych.datasets.survey import Survey
+
 SHARD, STRIDE, SIDE, BATCH, WORKERS, READERS, BUCKET = 10_000, 1 << 16, 256, 16_384, 256, 64, "s3://bucket/shards"
+WALKS, PIECE = 25, 1 << 16
 LINEAR = 1.15
 """Goal for exponents of what should be linear; caches and fixed costs leave some room."""
 
 
-def peak_megabytes() -> float:
-    """Peak resident memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def manifest(out: Path, rows: int) -> dict[str, float]:
-    """Index `rows` samples and open what was written."""
-    import pyarrow as pa
-    from PIL import Image
-
-    from diptych.datasets.keep import select
+    """Walk a tar, write a manifest of `rows` samples and open it."""
+    from diptych.datasets import keep, manifest_writer
     from diptych.datasets.manifest import Manifest
-    from diptych.datasets.manifest_writer import ManifestWriter
-    from diptych.datasets.shards import ShardWriter
-    from diptych.datasets.survey import Survey, key_hash, survey_shard
+    from diptych.datasets.survey import survey_shard
 
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(file, "JPEG")
-    per_shard = min(SHARD, rows)
-    tar = out / "one" / "00000.tar"
-    if not tar.is_file():
-        captions = ({"jpg": file.getvalue(), "txt": f"a photo of thing number {n} on a wooden table"} for n in range(per_shard))
-        ShardWriter(str(tar.parent), samples_per_shard=per_shard).write_all(captions)
-    walked = written = 0.0
-    folder = out / f"manifest-{rows}-{os.getpid()}"
-    with ManifestWriter(str(folder)) as writer:
-        for number in range(rows // per_shard):
+    tar = a_tar(out, min(SHARD, rows))
+    begin = time.perf_counter()
+    surveys = [survey_shard(str(tar), "000000.tar", statistics=False) for _ in range(WALKS)]
+    walked = time.perf_counter() - begin
+    manifest_writer.CHUNK_ROWS = keep.CHUNK_ROWS = manifest_writer.HASHES_AT_ONCE = PIECE
+    folder, written = out / f"manifest-{rows}-{os.getpid()}", 0.0
+    with PrivateMemory() as building, manifest_writer.ManifestWriter(str(folder)) as writer:
+        for number in range(rows // surveys[0].table.num_rows):
+            survey = renamed(surveys[0], number)
             begin = time.perf_counter()
-            survey = survey_shard(str(tar), f"{number:06d}.tar", statistics=False)
-            walked += time.perf_counter() - begin
-            keys = [f"{number:06d}{index:04d}" for index in range(per_shard)]
-            table = survey.table.set_column(1, "key", pa.array(keys))
-            table = table.set_column(2, "key_hash", pa.array([key_hash(key) for key in keys], pa.uint64()))
-            begin = time.perf_counter()
-            writer.add(Survey(survey.name, survey.bytes, table, [], f"{survey.digest}{number}", {}))
+            writer.add(survey)
             written += time.perf_counter() - begin
         begin = time.perf_counter()
         writer.commit(str(tar.parent))
         committed = time.perf_counter() - begin
-    built = peak_megabytes()
-    begin = time.perf_counter()
-    opened = Manifest.load(str(folder))
-    loaded = time.perf_counter() - begin
-    begin = time.perf_counter()
-    train, _ = select(opened, (), 0.01, 0)
-    selected = time.perf_counter() - begin
+    with PrivateMemory() as splitting:
+        begin = time.perf_counter()
+        opened = Manifest.load(str(folder))
+        loaded = time.perf_counter() - begin
+        begin = time.perf_counter()
+        train, _ = keep.select(opened, (), 0.01, 0)
+        selected = time.perf_counter() - begin
     assert opened.samples == rows
     assert 0.98 * rows < train.samples < rows
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
-        "walk": walked, "write": written, "commit": committed, "open": loaded, "select": selected, "bytes": size,
-        "columns": sum(path.stat().st_size for path in folder.rglob("*.bin")), "peak_mb": built, "split_mb": peak_megabytes(),
+        "walk": walked, "write": written, "commit": committed, "open": loaded, "select": selected, "bytes": size, "walked": WALKS * surveys[0].table.num_rows,
+        "columns": sum(path.stat().st_size for path in folder.rglob("*.bin")), "peak_mb": building.peak, "split_mb": splitting.peak,
     }  # fmt: skip
+
+
+def a_tar(out: Path, samples: int) -> Path:
+    """A tar of small pictures with captions."""
+    from PIL import Image
+
+    from diptych.datasets.shards import ShardWriter
+
+    file, tar = io.BytesIO(), out / "one" / "00000.tar"
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(file, "JPEG")
+    if not tar.is_file():
+        captions = ({"jpg": file.getvalue(), "txt": f"a photo of thing number {n} on a wooden table"} for n in range(samples))
+        ShardWriter(str(tar.parent), samples_per_shard=samples).write_all(captions)
+    return tar
+
+
+def renamed(survey: Survey, number: int) -> Survey:
+    """The same as that of shard `number`, with keys of its own."""
+    import pyarrow as pa
+
+    from diptych.datasets.survey import Survey, key_hash
+
+    keys = [f"{number:06d}{index:04d}" for index in range(survey.table.num_rows)]
+    table = survey.table.set_column(1, "key", pa.array(keys))
+    table = table.set_column(2, "key_hash", pa.array([key_hash(key) for key in keys], pa.uint64()))
+    return Survey(f"{number:06d}.tar", survey.bytes, table, [], f"{survey.digest}{number}", {})
 
 
 def starts(samples: int) -> np.ndarray:
@@ -219,9 +233,15 @@ def record_manifest(options: argparse.Namespace, results: Results) -> None:
     """Growth over `--rows`, and what it comes to at `--samples`."""
     found = {rows: [fresh(options.out, "manifest", rows) for _ in range(options.repeat)] for rows in sorted(options.rows)}
     labels = {
-        "walk": "walking the tars", "write": "writing the rows", "commit": "faults of the whole and the commit", "open": "opening it",
-        "select": "splitting off validation",
+        "write": "writing the rows", "commit": "faults of the whole and the commit", "open": "opening it", "select": "splitting off validation",
     }  # fmt: skip
+    walks = [run for runs in found.values() for run in runs]
+    walked = int(walks[0]["walked"])
+    seconds = statistics.median(run["walk"] for run in walks) * options.samples / walked
+    results.add(Row(f"walking the tars of {walked:,} samples", "s", [run["walk"] for run in walks], less=True))
+    case = f"{options.samples:,} samples, in proportion to {walked:,}: walking the tars"
+    results.add(Row(case, "s", [seconds], less=True))
+    results.add(Row(f"{case} by {READERS} processes", "h", [seconds / 3600 / READERS], less=True, headline=True))
     sizes = {"bytes": ("size of the manifest", "B"), "columns": ("what every node maps of it", "B"), "peak_mb": ("peak memory of the indexer", "MB"), "split_mb": ("peak memory after the split", "MB")}  # fmt: skip
     for key, label in labels.items():
         for rows, runs in found.items():
@@ -238,9 +258,7 @@ def record_manifest(options: argparse.Namespace, results: Results) -> None:
         else:
             value, how = points[-1][1] * options.samples / points[-1][0], f"in proportion to {points[-1][0]:,}"
         case = f"{options.samples:,} samples, {how}"
-        results.add(Row(f"{case}: {label}", unit, [value], less=True, headline=key == "bytes"))
-        if key == "walk":
-            results.add(Row(f"{case}: {label} by {READERS} processes", "h", [value / 3600 / READERS], less=True, headline=True))
+        results.add(Row(f"{case}: {label}", unit, [value], less=True, headline=key in ("bytes", "peak_mb")))
 
 
 def record_order(options: argparse.Namespace, results: Results) -> None:
@@ -282,7 +300,7 @@ def record_dedup(options: argparse.Namespace, results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000], help="multiples of 10,000")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000], help="multiples of 10,000")
     parser.add_argument("--samples", type=int, default=5_000_000_000)
     parser.add_argument("--chunk", type=int, nargs="+", default=[32, 1024], help="data.shuffle_chunk")
     parser.add_argument("--steps", type=int, default=5, help="of the simulated cluster")
