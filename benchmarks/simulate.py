@@ -4,7 +4,8 @@
 
 * manifest: tars of 10,000 samples are written by the indexer, each with keys of its own; seconds, bytes and peak memory at each of `--rows`, and what they come to at
   `--samples` in proportion (memory: on a straight line); the fitted exponents say whether that is fair. One tar is walked `WALKS` times; how walking grows, `verbs.py` measures.
-  Memory is that which is private: what is mapped of files is page cache. The pieces of which the indexer takes a manifest are made smaller than the smallest of `--rows`, so that only what really grows is carried on.
+  Memory is that which is private: what is mapped of files is page cache. The pieces of which the indexer takes a manifest are made smaller than the smallest of `--rows`, and
+  selections are bitmaps, as large ones are, so that only what really grows is carried on.
 * order: the order of an epoch at a hundredth, a tenth and all of `--samples`, made anew as by a worker that resumes; seconds and memory, for each `--chunk`.
 * cluster: 256 workers take steps of 16,384 samples from pictures of 20 to 60 kB in an object store, through 64 readers. Plans, order, coalescing of
   ranges and read tasks are those of `diptych train`; only the bytes are made up. Requests, bytes and the blocks that cross the network are counted.
@@ -52,6 +53,7 @@ def manifest(out: Path, rows: int) -> dict[str, float]:
     surveys = [survey_shard(str(tar), "000000.tar", statistics=False) for _ in range(WALKS)]
     walked = time.perf_counter() - begin
     manifest_writer.CHUNK_ROWS = keep.CHUNK_ROWS = manifest_writer.HASHES_AT_ONCE = PIECE
+    keep.ARRAY_BYTES = 0
     folder, written = out / f"manifest-{rows}-{os.getpid()}", 0.0
     with PrivateMemory() as building, manifest_writer.ManifestWriter(str(folder)) as writer:
         for number in range(rows // surveys[0].table.num_rows):
