@@ -33,7 +33,7 @@ from _memory import status_megabytes
 from _results import Results, Row, add_option
 from PIL import Image
 
-BATCH = 64
+BATCH, LEAST = 64, 3000
 GOALS = (
     ("ours", "webdataset", 1.0, "at equal decode"),
     ("ours", "ray", 2.5, "at equal decode"),
@@ -307,29 +307,26 @@ class Case:
     name: str
     folder: Path
     """Of the tars."""
-    images: int
-    """Per measurement; the tars hold at least two thirds of that."""
 
 
 def cases(options: argparse.Namespace, scratch: Path) -> Iterator[Case]:
-    """Made pictures of each size, fewer of the larger ones, and those of `--shards`."""
+    """Made pictures of each size, and those of `--shards`."""
     for size in options.size:
-        images = max(3 * BATCH, options.images * 512**2 // max(size, 512) ** 2)
-        folder = (options.folder or scratch) / f"{size}-{images}"
+        folder = (options.folder or scratch) / f"{size}-{options.images}"
         if not folder.is_dir():
-            generate(folder, -(-images * 2 // 1500) * 500, size)
-        yield Case(f"{size}² JPEG → {options.target}²", folder, images)
+            generate(folder, -(-options.images * 2 // 1500) * 500, size)
+        yield Case(f"{size}² JPEG → {options.target}²", folder)
     if options.shards:
         folder = scratch / options.shards.parent.name
         folder.mkdir()
         for tar in options.shards.glob("*.tar"):  # links, so that nothing is written beside the data
             (folder / tar.name).symlink_to(tar.resolve())
-        yield Case(f"{folder.name} → {options.target}²", folder, options.images)
+        yield Case(f"{folder.name} → {options.target}²", folder)
 
 
 def measured(name: str, options: argparse.Namespace, case: Case) -> dict[str, float]:
     """One measurement, in a process of its own."""
-    words = ["--measure", name, "--folder", str(case.folder), "--images", str(case.images)]
+    words = ["--measure", name, "--folder", str(case.folder), "--images", str(options.images)]
     return fresh(__file__, [*words, "--target", str(options.target), "--cores", str(options.cores)], options.peers)
 
 
@@ -386,7 +383,7 @@ def main() -> None:
         "--images",
         type=int,
         default=6000,
-        help="images per measurement, fewer where they are larger than 512²; the data are two thirds of that",
+        help="images per measurement; the data are two thirds of that",
     )
     parser.add_argument("--size", type=int, nargs="*", default=[512], help="sides of the stored JPEGs, in pixels")
     parser.add_argument("--target", type=int, default=256, help="side of the output, in pixels")
@@ -403,6 +400,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
         return
+    if options.images < LEAST:
+        parser.error(f"--images {options.images}: at least {LEAST}, of which the four blocks that are read at a time are a small part")
     results = Results(__file__, options.results)
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
