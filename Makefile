@@ -12,7 +12,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-# Scripts of benchmarks/: what `make bench` runs, about three hours; what learns, paints, is killed or is of published size, longer; and their words.
+# Scripts of benchmarks/: those that stand beside a peer or count, about three hours; those that learn, paint, are killed or are of published
+# size, longer; and the arguments of each.
 BENCH ?= kernels sd_steps overhead trainers text ingest resume verbs reorder embed dedup scale simulate memory
 LONG = prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 kills real_sizes
 PROMPTS ?= ../shared/data/prompts.txt

@@ -33,7 +33,9 @@ from _memory import status_megabytes
 from _results import Results, Row, add_option
 from PIL import Image
 
-BATCH, LEAST = 64, 3000
+BATCH = 64
+LEAST = 3000
+"""Images of a measurement: of fewer, the blocks under way when the clock starts and stops are too large a part."""
 GOALS = (
     ("ours", "webdataset", 1.0, "at equal decode"),
     ("ours", "ray", 2.5, "at equal decode"),
@@ -379,12 +381,7 @@ def memory(options: argparse.Namespace, case: Case, results: Results) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=6000,
-        help="images per measurement; the data are two thirds of that",
-    )
+    parser.add_argument("--images", type=int, default=6000, help=f"images per measurement, {LEAST} or more; the data are two thirds of that")
     parser.add_argument("--size", type=int, nargs="*", default=[512], help="sides of the stored JPEGs, in pixels")
     parser.add_argument("--target", type=int, default=256, help="side of the output, in pixels")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
@@ -401,7 +398,7 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options.folder, options.images, options.target, options.cores)))
         return
     if options.images < LEAST:
-        parser.error(f"--images {options.images}: at least {LEAST}, of which the four blocks that are read at a time are a small part")
+        parser.error(f"--images {options.images}: {LEAST} or more; of fewer the blocks under way are too large a part")
     results = Results(__file__, options.results)
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
