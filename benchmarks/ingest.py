@@ -381,7 +381,9 @@ def memory(options: argparse.Namespace, case: Case, results: Results) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6000, help=f"images per measurement, {LEAST} or more; the data are two thirds of that")
+    parser.add_argument(
+        "--images", type=int, default=6000, help=f"images per measurement, {LEAST} or more; the data are two thirds of that"
+    )
     parser.add_argument("--size", type=int, nargs="*", default=[512], help="sides of the stored JPEGs, in pixels")
     parser.add_argument("--target", type=int, default=256, help="side of the output, in pixels")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
