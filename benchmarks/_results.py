@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -166,6 +167,7 @@ class Results:
     def __init__(self, file: str, folder: Path | None) -> None:
         self.script, self.folder, self.rows = Path(file).stem, folder, list[Row]()
         self.run = {"command": command(), "date": _today(), "commit": commit(), "machine": machine(), "load": round(os.getloadavg()[0], 1)}
+        self._began = time.monotonic()
 
     def add(self, row: Row) -> Row:
         """Add one row."""
@@ -203,7 +205,8 @@ class Results:
             if run["machine"] == self.run["machine"]:
                 run["rows"] = [row for row in run["rows"] if row["what"] not in names]
             kept += [run] if run["rows"] else []
-        runs = [*kept, self.run | {"rows": [_plain(row) for row in self.rows]}]
+        minutes = round((time.monotonic() - self._began) / 60, 1)
+        runs = [*kept, self.run | {"minutes": minutes, "rows": [_plain(row) for row in self.rows]}]
         # Written beside and renamed: an interrupted call leaves the old file whole.
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps({"script": self.script, "runs": runs}, indent=1, ensure_ascii=False) + "\n")

@@ -77,7 +77,8 @@ def _growths(runs: list[dict[str, Any]]) -> list[Growth]:
 
 
 def _where(run: dict[str, Any], quote: str) -> str:
-    return f"{quote}{run['command']}{quote}, {run['date']}, commit {run['commit']}, {run['machine']}, load before {run['load']}:"
+    took = f", took {run['minutes']:g} minutes" if "minutes" in run else ""
+    return f"{quote}{run['command']}{quote}, {run['date']}, commit {run['commit']}, {run['machine']}, load before {run['load']}{took}:"
 
 
 def _peer(row: Row) -> str:

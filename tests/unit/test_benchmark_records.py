@@ -85,6 +85,15 @@ def recorded(folder: Path, script: str, *rows: object) -> bool:
     return results.finish()
 
 
+def test_a_record_says_how_long_its_call_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(_results.time, "monotonic", lambda: clock[0])
+    results = Results("speed.py", tmp_path)
+    clock[0] += 90
+    results.add(Row("one", "s", [1.0]))
+    assert "took 1.5 minutes" in page.tables(_results.read(tmp_path))
+
+
 def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded(tmp_path, "sort", Row("a", "s", [1.0]), Row("b", "s", [1.0]))
     assert not recorded(tmp_path, "sort", Row("a", "s", [2.0], at_most=1.0))
