@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-# Scripts of benchmarks/: those that stand beside a peer or count, about three hours; those that learn, paint, are killed or are of published
+# Scripts of benchmarks/: those that stand beside a peer or count, about two and a half hours; those that learn, paint, are killed or are of published
 # size, longer; and the arguments of each.
 BENCH ?= kernels sd_steps overhead trainers text ingest resume verbs reorder embed dedup scale simulate memory
 LONG = prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 kills real_sizes
@@ -24,7 +24,7 @@ ARGS_clip_vit = runs/bench-clip_vit
 ARGS_coca = runs/bench-coca
 ARGS_dedup = --rows 31600 100000 316000
 ARGS_embed = ../shared/data/pomological --repeat 1 --count 512
-ARGS_ingest = --images 3000 --size 512 1024 --shards ../shared/data/pomological/shards $(addprefix --peers ,$(PEERS))
+ARGS_ingest = --images 3000 --repeat 2 --size 512 1024 --shards ../shared/data/pomological/shards $(addprefix --peers ,$(PEERS))
 ARGS_kills = runs/bench-kills
 ARGS_memory = runs/bench-memory --minutes $(MINUTES)
 ARGS_overhead = runs/bench-overhead --seconds 5
@@ -32,14 +32,14 @@ ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
 ARGS_pictures_sd = runs/bench-pictures_sd
 ARGS_prompts = $(PROMPTS) runs/bench-prompts
 ARGS_real_sizes = $(SIZES) runs/bench-real_sizes
-ARGS_reorder = --rows 100000 1000000 10000000 --repeat 2
+ARGS_reorder = --rows 100000 1000000 10000000 --repeat 1
 ARGS_resume = runs/bench-resume $(addprefix --peers ,$(PEERS))
 ARGS_sd_lora = runs/bench-pictures_sd
 ARGS_sd_steps = runs/bench-sd_steps
-ARGS_simulate = runs/bench-simulate
+ARGS_simulate = runs/bench-simulate --repeat 2
 ARGS_text = $(PROMPTS) runs/bench-text
 ARGS_trainers = runs/bench-trainers --seconds 5 --repeat 3
-ARGS_verbs = runs/bench-verbs
+ARGS_verbs = runs/bench-verbs --repeat 2
 ARGS_page =
 # Where figures are recorded; RESULTS= records nothing.
 RESULTS ?= benchmarks/results
