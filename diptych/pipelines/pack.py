@@ -41,7 +41,7 @@ def run(source: str, out: str, options: dict[str, Any] | None = None, split: str
     chosen = build(PackOptions, options or {})
     table = open_source(source, split, chosen.image_column)
     columns = Columns.of(table, chosen)
-    _claim(out, source, split, chosen)
+    _claim(out, source, split, chosen, record=True)
     results: list[PartResult] = []
     total = getattr(table, "length", None)
     with progress(f"packing {os.path.basename(source.rstrip('/'))}", total) as advance:
@@ -74,6 +74,7 @@ def plan(source: str, out: str, options: dict[str, Any] | None = None, split: st
     chosen = build(PackOptions, options or {})
     table = open_source(source, split, chosen.image_column)
     columns = Columns.of(table, chosen)
+    _claim(out, source, split, chosen, record=False)
     first = next((record for part in parts(table, columns, chosen) for record in part.records(columns, chosen)), None)
     if first is None:
         raise ConfigError("SOURCE", source, "a source with at least one row", "It is empty.")
@@ -115,8 +116,8 @@ def _packed(found: Iterator[Part], columns: Columns, options: PackOptions, out: 
             yield future.result()
 
 
-def _claim(out: str, source: str, split: str, options: PackOptions) -> None:
-    """Record what `out` is made from; raises `ConfigError` if it was made from something else."""
+def _claim(out: str, source: str, split: str, options: PackOptions, record: bool) -> None:
+    """Check, and if `record` note, what `out` is made from; raises `ConfigError` if it was made from something else."""
     from diptych.datasets import storage
 
     recorded = storage.join(out, "pack.json")
@@ -139,7 +140,7 @@ def _claim(out: str, source: str, split: str, options: PackOptions) -> None:
                 )
     elif storage.exists(out) and storage.is_local(out) and any(name.endswith(".tar") for name in os.listdir(storage.local_path(out))):
         raise ConfigError("OUT", out, "an empty folder, or one that the same call began", "It holds shards that `pack` did not write.")
-    else:
+    elif record:
         storage.write_bytes(recorded, json.dumps(mine, indent=2).encode())
 
 

@@ -181,6 +181,7 @@ def test_no_hub_is_asked(verb: str, arguments: list[str], key: str, folder: Path
     [
         ("train", ["coca", "data.shards=shards", "train.steps=0"], "train.steps"),
         ("pack", ["missing.csv", "out"], "SOURCE"),
+        ("pack", ["photos.csv", "shards"], "OUT"),
         ("ingest", ["urls.csv", "out", "--url-column", "link"], "url_column"),
         ("ingest", ["pages.txt", "out", "--pages"], "--dry-run"),
         ("embed", ["shards", "out", "--model", "clip", "--modality", "smell"], "modality"),
