@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import threading
+import time
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
@@ -23,6 +24,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -32,6 +34,7 @@ from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
 
 SEGMENT_BLOCKS = 256
 """Blocks that Ray Data plans at once; the next segment starts before this one ends."""
+TURNS_PER_SECOND = 10
 _FAULT, _ERROR, _TAIL = "fault", "error", "tail"
 
 
@@ -102,6 +105,22 @@ class SlotsDatasource(Datasource):
         ]
 
 
+class Paced(ExecutionCallback):
+    """Lets Ray Data's loop turn `TURNS_PER_SECOND` times at most.
+
+    The loop waits for tasks whose output is not there yet, 0.1 s at most. Once reading is as far ahead as it may be, all
+    output is there, and it would turn without a pause, in a thread beside the training loop: half of a core, and the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Sleep for the rest of this turn."""
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        self._next = time.monotonic() + 1 / TURNS_PER_SECOND
+
+
 class _Segment:
     """Consecutive blocks in one execution of Ray Data, begun at once in a thread of its own."""
 
@@ -163,6 +182,7 @@ def _dataset(source: SlotsDatasource, cpus: float, claims: bool, plan: Plan) -> 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Paced]
     # A block is never cut: its size is bounded where it is planned.
     context.target_max_block_size = None
     ahead = plan.spec.prefetch_blocks + 2 * tasks + 2

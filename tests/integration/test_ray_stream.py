@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -129,6 +130,26 @@ def _read_workers() -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+def test_what_is_read_ahead_leaves_the_training_loop_alone(ray_session: Any, spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all there that may be read ahead, Ray Data's loop turned without a pause, in a thread of the training worker."""
+    turned: list[float] = []
+    really = ray_stream.Paced.on_execution_step
+
+    def counted(self: Any, executor: Any) -> None:
+        turned.append(time.monotonic())
+        really(self, executor)
+
+    monkeypatch.setattr(ray_stream.Paced, "on_execution_step", counted)
+    with contextlib.closing(iter(ray_stream.RayStream(replace(spec, block_megabytes=2), 0, 1, 0, 100_000, cpus=2))) as shares:
+        for _ in range(100):
+            next(shares)
+        time.sleep(3)  # until nothing more may be read
+        begin = time.monotonic()
+        time.sleep(3)
+        seconds = time.monotonic() - begin
+    assert 0 < len([when for when in turned if begin <= when <= begin + seconds]) <= seconds * ray_stream.TURNS_PER_SECOND + 2
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_running(ray_session: Any, spec: StreamSpec) -> None:
