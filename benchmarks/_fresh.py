@@ -25,11 +25,15 @@ def can_import(package: str, peers: Path | None) -> bool:
     return importlib.util.find_spec(package) is not None or (peers is not None and (peers / package).is_dir())
 
 
+def environment(peers: Path | None = None, threads: int = 1) -> dict[str, str]:
+    """For a process that finds this checkout, and the packages of `peers` before those of the environment."""
+    path = os.pathsep.join(filter(None, [str(peers.resolve()) if peers else "", str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": path}
+
+
 def fresh(script: str, words: Sequence[str], peers: Path | None = None, threads: int = 1) -> dict[str, Any]:
     """The JSON that `script`, called with `words`, prints as its last line; ends this process where that one fails."""
-    path = os.pathsep.join(filter(None, [str(peers.resolve()) if peers else "", str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-    found = subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run([sys.executable, script, *words], env=environment(peers, threads), capture_output=True, text=True, check=False)
     if found.returncode:
         sys.stderr.write(found.stderr[-4000:])
         raise SystemExit(f"{Path(script).name} {' '.join(words)} ended with {found.returncode}")

@@ -1,11 +1,11 @@
 """What `diptych train` costs beside a bare PyTorch loop on tensors in memory, and how long it takes from the command to the first step.
 
-    .venv/bin/python benchmarks/overhead.py OUT --repeat 3 --seconds 15
+    .venv/bin/python benchmarks/overhead.py OUT --repeat 8 --seconds 5
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, at the same batch size. With 2
-workers the bare loop is DDP under torchrun. All take turns; every measurement is a fresh process; a rate is the median over intervals of ten
-steps after the first fifth, so that a moment in which the machine had something else to do counts for neither side. Exit status 1 if ours is below 0.97 of
+workers the bare loop is DDP under torchrun. Both train without end and are let run in turns, each stopped while the other one runs (`_alternate.py`),
+`--repeat` turns of `--seconds`. Exit status 1 if ours is below 0.97 of
 the bare loop. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without Ray, that is neither
 forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
 """
@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _alternate import Program, StepLog, alternate, read_steps
+from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
 
@@ -38,8 +39,10 @@ RECIPES = {
     "dalle2_decoder": "scenes",
     "stable_diffusion": "scenes",
 }
-GOAL, DIM, KEPT, EVERY, PEER = 0.97, 96, 24, 10, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+EVERY = dict.fromkeys(RECIPES, 10) | {"dalle2_decoder": 2, "stable_diffusion": 2}
+"""Steps between two lines of our log: a second or less, so that a turn has several."""
+GOAL, DIM, KEPT, ENDLESS, PEER = 0.97, 96, 24, 100_000_000, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
+OWN_STEPS, OWN_TURNS, STARTS = 50, 3, 3
 
 
 def overrides_of(task: str, out: Path, steps: int, workers: int) -> list[str]:
@@ -49,7 +52,7 @@ def overrides_of(task: str, out: Path, steps: int, workers: int) -> list[str]:
         f"train.steps={steps}",
         f"workers={workers}",
         "train.precision=fp32",
-        f"train.log_every={EVERY}",
+        f"train.log_every={EVERY[task]}",
     ]
     found += ["validation.samples=0", "checkpoint.every_steps=0", "optim.ema_decay=0", "optim.name=adamw", "data.validation_share=0"]
     return found + ([f"data.embeddings={out / 'embeddings'}"] if task in ("clip_vit", "dalle2_prior", "dalle2_decoder") else [])
@@ -60,44 +63,31 @@ def config_of(task: str, out: Path, steps: int, workers: int) -> RunConfig:
     return apply_overrides(load_recipe(task, RECIPES[task]), overrides_of(task, out, steps, workers))
 
 
-def ours(task: str, out: Path, steps: int, workers: int) -> float:
-    """Samples per second of the command, see `median_rate`."""
+def ours(task: str, out: Path, workers: int) -> Program:
+    """The command."""
     from diptych.trainers.journal import read_metrics
 
     name = f"{task}-{time.time_ns()}"
-    command = [sys.executable, "-m", "diptych.pipelines.train", task, "--recipe", RECIPES[task], *overrides_of(task, out, steps, workers)]
-    call([*command, f"name={name}", "--json"], out)
-    ends = [(line["step"], line["time"]) for line in read_metrics(str(out / "runs" / name))]
-    return median_rate(ends, steps, load_recipe(task, RECIPES[task]).train.global_batch_size)
-
-
-def median_rate(ends: list[tuple[int, float]], steps: int, batch_size: int) -> float:
-    """Samples per second: the median over intervals between two of `ends` (steps done, time) after the first fifth of the steps."""
-    kept = [end for end in ends if end[0] >= steps // 5]
-    return statistics.median((step - before) * batch_size / (stop - start) for (before, start), (step, stop) in itertools.pairwise(kept))
-
-
-def bare(task: str, out: Path, steps: int, workers: int) -> float:
-    """Samples per second of `loop` in fresh processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
-    found = call([sys.executable, *launcher, __file__, str(out), "--bare", task, "--steps", str(steps), "--workers", str(workers)], out)
-    return float(json.loads(found.splitlines()[-1])["rate"])
-
-
-def call(command: list[str], folder: Path) -> str:
-    """Standard output of a command in `folder`; its errors are shown if it fails."""
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
-    found = subprocess.run(
-        command, cwd=folder, env=os.environ | ONE_THREAD | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    words = [task, "--recipe", RECIPES[task], *overrides_of(task, out, ENDLESS, workers), f"name={name}", "--json"]
+    return Program(
+        [sys.executable, "-m", "diptych.pipelines.train", *words],
+        lambda: [(line["step"], line["time"]) for line in read_metrics(str(out / "runs" / name))],
+        out / "ours.log",
+        environment(),
+        out,
     )
-    if found.returncode:
-        sys.stderr.write(found.stderr[-4000:])
-        raise SystemExit(f"{' '.join(command)} ended with {found.returncode}")
-    return found.stdout
 
 
-def loop(task_name: str, out: Path, steps: int) -> float | None:
-    """The bare loop, in this process or as one of torchrun's; samples per second on rank 0, see `median_rate`."""
+def bare(task: str, out: Path, workers: int) -> Program:
+    """`loop` in fresh processes."""
+    steps = out / f"bare-{time.time_ns()}.steps"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
+    command = [sys.executable, *launcher, __file__, str(out), "--bare", task, "--steps", str(steps)]
+    return Program(command, lambda: read_steps(steps), out / "bare.log", environment(), out)
+
+
+def loop(task_name: str, out: Path, steps: Path) -> None:
+    """The bare loop without end, in this process or as one of torchrun's; rank 0 notes its steps."""
     import torch
     import torch.distributed as dist
 
@@ -110,7 +100,7 @@ def loop(task_name: str, out: Path, steps: int) -> float | None:
         dist.init_process_group("gloo")
     folder = out / f"bare-{os.getpid()}"
     folder.mkdir()
-    prepared = prepare(config_of(task_name, out, steps, size), folder)
+    prepared = prepare(config_of(task_name, out, ENDLESS, size), folder)
     config = prepared.config
     torch.manual_seed(config.seed)
     task = load_task_class(task_name)(config.task, config.seed)
@@ -124,27 +114,24 @@ def loop(task_name: str, out: Path, steps: int) -> float | None:
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optim = config.optim
     optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-    ends = []
-    for step, batch in zip(range(steps), itertools.cycle(batches), strict=False):
-        if step % EVERY == 0:
-            ends.append((step, time.perf_counter()))
+    log = StepLog(steps) if rank == 0 else None
+    for batch in itertools.cycle(batches):
         model(batch).backward()
         if optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if size > 1:
-        dist.destroy_process_group()
-    return median_rate(ends, steps, config.train.global_batch_size) if rank == 0 else None
+        if log:
+            log.ended()
 
 
-def own_share(task: str, out: Path, steps: int) -> float:
+def own_share(task: str, out: Path) -> float:
     """Median share of a step, in percent, that our loop in this process spends on neither the model nor the optimizer."""
     import torch
     from _runs import timed_run
 
     torch.set_num_threads(1)
-    seconds, inside = timed_run(config_of(task, out, steps, 1), out / f"own-{os.getpid()}", steps // 5)
+    seconds, inside = timed_run(config_of(task, out, OWN_STEPS, 1), out / f"own-{os.getpid()}", OWN_STEPS // 5)
     return 100 * statistics.median(1 - part / whole for part, whole in zip(inside, seconds, strict=True))
 
 
@@ -253,22 +240,19 @@ def watch(seen: dict[str, float]) -> None:
 
 
 def compare(task: str, options: argparse.Namespace, results: Results) -> None:
-    """One task, with each number of workers: both sides in turn."""
+    """One task, with each number of workers: both sides in turns."""
     size = load_recipe(task, RECIPES[task]).train.global_batch_size
     for workers in options.workers:
-        steps = options.steps or max(5 * EVERY, int(bare(task, options.out, 5 * EVERY, workers) * options.seconds / size))
-        rates: dict[str, list[float]] = {"ours": [], "bare": []}
-        for turn in range(options.repeat):
-            for side, measure in (("ours", ours), ("bare", bare)):
-                rates[side].append(measure(task, options.out, steps, workers))
-                print(f"{task}, {workers} workers, turn {turn + 1}: {side:4} {rates[side][-1]:9.1f} samples/s", flush=True)
+        programs = {"bare": bare(task, options.out, workers), "ours": ours(task, options.out, workers)}
+        steps = alternate(programs, options.repeat, options.seconds)
+        rates = {side: [rate * size for rate in found] for side, found in steps.items()}
         what = f"{task}/{RECIPES[task]} as a command, batch {size}, fp32, {workers} worker{'s' if workers > 1 else ''}"
         row = Row(what, "samples/s", rates["ours"], PEER[workers], rates["bare"], at_least=GOAL, headline=True)
         assert results.add(row).ratio
         print(f"{what}: {row.median['ours'] / row.median['peer']:.3f} of {row.peer} (goal: at least {GOAL})", flush=True)
         if workers == 1:
-            command = [sys.executable, __file__, str(options.out), "--own", task, "--steps", str(steps)]
-            shares = [float(json.loads(call(command, options.out).splitlines()[-1])["share"]) for _ in range(options.repeat)]
+            words = [str(options.out), "--own", task]
+            shares = [float(fresh(__file__, words)["share"]) for _ in range(OWN_TURNS)]
             own = f"{task}/{RECIPES[task]}, batch {size}, fp32, one process: share of a step that is neither model nor optimizer"
             print(f"{own}: {shares} %", flush=True)
             results.add(Row(own, "%", shares, at_most=100 * (1 - GOAL)))
@@ -277,8 +261,8 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
 def start(options: argparse.Namespace, results: Results) -> None:
     """The stages from the command to the first step; the first call only warms up."""
     found: list[dict[str, float]] = []
-    for turn in range(options.repeat + 1):
-        stages = json.loads(call([sys.executable, __file__, str(options.out), "--startup", str(time.time())], options.out).splitlines()[-1])
+    for turn in range(STARTS + 1):
+        stages = fresh(__file__, [str(options.out), "--startup", str(time.time())])
         print(f"start {turn}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()), flush=True)
         found += [stages] if turn else []
     for name in found[0]:
@@ -292,10 +276,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--workers", nargs="+", type=int, choices=[1, 2], default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=["rate", "start"], default=["rate", "start"])
-    parser.add_argument("--seconds", type=float, default=15, help="of a measurement, about")
-    parser.add_argument("--steps", type=int, default=0, help="instead of --seconds")
+    parser.add_argument("--seconds", type=float, default=5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--bare", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--own", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--startup", type=float, help=argparse.SUPPRESS)
@@ -303,14 +287,13 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.bare:
-        rate = loop(options.bare, options.out, options.steps)
-        if rate is not None:
-            print(json.dumps({"rate": rate}))
+        loop(options.bare, options.out, options.steps)
         return
     if options.own:
-        print(json.dumps({"share": own_share(options.own, options.out, options.steps)}))
+        print(json.dumps({"share": own_share(options.own, options.out)}))
         return
     if options.startup:
+        os.chdir(options.out)
         print(json.dumps(startup(options.out, options.startup)))
         return
     write_scenes(options.out / "shards", options.scenes, 64)

@@ -1,11 +1,12 @@
 """Steps per second of Stable Diffusion: encoding in each step, from caches, and by the logic of diffusers' training script.
 
-    python benchmarks/sd_steps.py OUT [STEPS]
+    python benchmarks/sd_steps.py OUT --repeat 8 --seconds 6
 
 A pipeline whose VAE costs as much beside its U-Net as SD 1.5's at 512 pixels (floating-point operations are counted and printed) learns 96 scenes at 128
-pixels, batch 8, fp32, in this process: our loop encoding online, our loop on `diptych cache`'s latents and text states, and the lines of
-diffusers' `train_text_to_image.py` or `train_text_to_image_lora.py` between its DataLoader and its optimizer. The three take turns, three rounds;
-medians; first with the whole U-Net to learn, then with adapters of rank 16 in its attention. Exit status 1 if the caches are less than 1.3 times as
+pixels, batch 8, fp32: our loop encoding online, our loop on `diptych cache`'s latents and text states, and the lines of diffusers'
+`train_text_to_image.py` or `train_text_to_image_lora.py` between its DataLoader and its optimizer. The three train without end and are let run in turns,
+each stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds`; first with the whole U-Net to learn, then with
+adapters of rank 16 in its attention. Exit status 1 if the caches are less than 1.3 times as
 fast as the script, or if everything but forward, backward and optimizer takes more than 3 % of a step.
 """
 
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
-import os
 import statistics
 import sys
 import tarfile
@@ -25,8 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _alternate import Ends, Program, StepLog, alternate, read_steps
+from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from _runs import timed_run
+from _runs import train as train_ours
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
@@ -37,12 +39,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from diptych.config import apply_overrides, load_recipe
+from diptych.config import RunConfig, apply_overrides, load_recipe
 from diptych.datasets.tokens import train_tokenizer
 from diptych.pipelines import cache
-from diptych.pipelines.console import show_table
+from diptych.trainers.journal import read_metrics
 
-_SIDE, _BATCH, _SCENES, _ROUNDS, _WARM_UP, _LENGTH, _WIDTH = 128, 8, 96, 3, 3, 77, 96
+_SIDE, _BATCH, _SCENES, _LENGTH, _WIDTH = 128, 8, 96, 77, 96
+_OWN_STEPS, _WARM_UP, _ENDLESS = 15, 3, 100_000_000
 _RANK, _TARGETS = 16, ("to_k", "to_q", "to_v", "to_out.0")
 SCRIPTS = {"unet": "train_text_to_image.py", "lora": "train_text_to_image_lora.py"}
 _PUBLISHED = {"block_out_channels": (128, 256, 512, 512)}
@@ -121,8 +124,8 @@ class Pictures(Dataset[dict[str, Tensor]]):
         }
 
 
-def script(folder: Path, shards: Path, steps: int, train: str) -> list[float]:
-    """Seconds of each step after the warm-up: diffusers' `SCRIPTS[train]` with its own defaults, without accelerate's wrappers."""
+def script(folder: Path, shards: Path, train: str, log: StepLog) -> None:
+    """Diffusers' `SCRIPTS[train]` with its own defaults, without accelerate's wrappers, without end."""
     pipeline = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     noise_scheduler = DDPMScheduler.from_pretrained(str(folder), subfolder="scheduler")
@@ -135,8 +138,7 @@ def script(folder: Path, shards: Path, steps: int, train: str) -> list[float]:
     learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=1e-2)
     loader = DataLoader(Pictures(shards, pipeline.tokenizer), batch_size=_BATCH, shuffle=True, drop_last=True)
-    ended: list[float] = []
-    while len(ended) <= steps:
+    while True:
         for batch in loader:
             latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
@@ -148,12 +150,11 @@ def script(folder: Path, shards: Path, steps: int, train: str) -> list[float]:
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            ended.append(time.perf_counter())
-    return [after - before for before, after in itertools.pairwise(ended)][_WARM_UP:steps]
+            log.ended()
 
 
-def compare(train: str, out: Path, steps: int, results: Results) -> dict[str, float]:
-    """The three in turn, with `task.train=train`; figures by name."""
+def config_of(train: str, kind: str, out: Path, steps: int) -> RunConfig:
+    """Our run with `task.train=train`, `online` or `cached`."""
     folder, shards = out / "pipeline", out / "shards"
     common = [
         f"data.shards={shards}",
@@ -165,57 +166,83 @@ def compare(train: str, out: Path, steps: int, results: Results) -> dict[str, fl
         "task.flip=0",
         "optim.lr=1e-5",
     ]
-    common += [f"train.steps={steps + 1}", f"train.global_batch_size={_BATCH}", "train.precision=fp32", "data.validation_share=0"]
-    online = apply_overrides(load_recipe("stable_diffusion", "lora_reports"), [*common, "validation.samples=0"])
-    cached = apply_overrides(online, ["task.cached=latents,text-states", f"data.caches={out / 'latents'},{out / 'text-states'}"])
-    times: dict[str, list[float]] = {"script": [], "online": [], "cached": []}
-    shares: dict[str, list[float]] = {"online": [], "cached": []}
-    rounds: dict[str, list[float]] = {name: [] for name in times}
-    for number in range(_ROUNDS):
-        times["script"] += script(folder, shards, steps, train)
-        rounds["script"].append(1 / statistics.median(times["script"][-(steps - _WARM_UP) :]))
-        for name, config in (("online", online), ("cached", cached)):
-            seconds, inside = timed_run(config, out / f"{train}-{name}-{os.getpid()}-{number}", _WARM_UP)
-            times[name] += seconds
-            rounds[name].append(1 / statistics.median(seconds))
-            shares[name] += [1 - part / whole for part, whole in zip(inside, seconds, strict=True)]
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    figures: dict[str, float] = {f"{name}_steps_per_second": 1 / value for name, value in medians.items()}
-    figures |= {f"{name}_over_script": medians["script"] / medians[name] for name in ("online", "cached")}
-    figures |= {f"{name}_own_share": statistics.median(values) for name, values in shares.items()}
-    kind = {"unet": "Stable Diffusion", "lora": "Stable Diffusion's adapters"}[train]
-    for name, goal in (("online", 1.0), ("cached", 1.3)):
-        what = f"{kind}, a small U-Net at SD 1.5's ratio of costs, {name}"
-        results.add(Row(what, "steps/s", rounds[name], f"diffusers' {SCRIPTS[train]}", rounds["script"], at_least=goal, headline=True))
-        own = [100 * value for value in shares[name]]
-        results.add(Row(f"{what}: share of a step that is neither model nor optimizer", "%", [statistics.median(own)], at_most=3))
-    return figures
+    common += [f"train.steps={steps}", "train.log_every=1", f"train.global_batch_size={_BATCH}", "train.precision=fp32"]
+    common += ["data.validation_share=0", "validation.samples=0", "checkpoint.every_steps=0"]
+    if kind == "cached":
+        common += ["task.cached=latents,text-states", f"data.caches={out / 'latents'},{out / 'text-states'}"]
+    return apply_overrides(load_recipe("stable_diffusion", "lora_reports"), common)
 
 
-def main(out: Path, steps: int, results: Results) -> bool:
+def program(train: str, kind: str, out: Path) -> Program:
+    """`script` or one of our runs, in a process of its own."""
+    where = out / f"{train}-{kind}-{time.time_ns()}"
+
+    def ends() -> Ends:
+        return read_steps(where) if kind == "script" else [(line["step"], line["time"]) for line in read_metrics(str(where))]
+
+    command = [sys.executable, __file__, str(out), "--train", f"{train}/{kind}", "--where", str(where)]
+    return Program(command, ends, out / f"{kind}.log", environment(threads=torch.get_num_threads()))
+
+
+def own_share(train: str, kind: str, out: Path) -> float:
+    """Median share of a step, in percent, that is neither model nor optimizer."""
+    seconds, inside = timed_run(config_of(train, kind, out, _OWN_STEPS), out / f"own-{time.time_ns()}", _WARM_UP)
+    return 100 * statistics.median(1 - part / whole for part, whole in zip(inside, seconds, strict=True))
+
+
+def compare(train: str, options: argparse.Namespace, results: Results) -> None:
+    """The three in turns, with `task.train=train`."""
+    programs = {kind: program(train, kind, options.out) for kind in ("script", "online", "cached")}
+    rates = alternate(programs, options.repeat, options.seconds)
+    name = {"unet": "Stable Diffusion", "lora": "Stable Diffusion's adapters"}[train]
+    for kind, goal in (("online", 1.0), ("cached", 1.3)):
+        what = f"{name}, a small U-Net at SD 1.5's ratio of costs, {kind}"
+        results.add(Row(what, "steps/s", rates[kind], f"diffusers' {SCRIPTS[train]}", rates["script"], at_least=goal, headline=True))
+        shares = [float(fresh(__file__, [str(options.out), "--own", f"{train}/{kind}"], threads=torch.get_num_threads())["share"])]
+        results.add(Row(f"{what}: share of a step that is neither model nor optimizer", "%", shares, at_most=3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=6, help="of a turn")
+    parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--where", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--own", help=argparse.SUPPRESS)
+    add_option(parser)
+    options = parser.parse_args()
+    out = options.out = options.out.resolve()
+    if options.train:
+        train, kind = options.train.split("/")
+        if kind == "script":
+            script(out / "pipeline", out / "shards", train, StepLog(options.where))
+        else:
+            train_ours(config_of(train, kind, out, _ENDLESS), options.where)
+        return
+    if options.own:
+        print(json.dumps({"share": own_share(*options.own.split("/"), out)}))
+        return
+    prepare_data(out)
+    results = Results(__file__, options.results)
+    for train in SCRIPTS:
+        compare(train, options, results)
+    ratios = [cost_ratio(_SMALL_UNET, _SMALL_VAE, _SIDE)]
+    ratios.append(cost_ratio({"cross_attention_dim": 768, "attention_head_dim": 8}, _VAE | _PUBLISHED, 512))
+    print("encoding a picture costs {:.3f} of a U-Net's forward and backward pass here, {:.3f} in SD 1.5 at 512 pixels".format(*ratios))
+    sys.exit(0 if results.finish() else 1)
+
+
+def prepare_data(out: Path) -> None:
+    """Scenes, a pipeline and our caches; made once."""
     folder, shards = out / "pipeline", out / "shards"
     write_scenes(shards, _SCENES, _SIDE)
-    dataset_captions = [sample["txt"].decode() for sample in Pictures(shards, None).samples]  # type: ignore[arg-type]
+    captions = [sample["txt"].decode() for sample in Pictures(shards, None).samples]  # type: ignore[arg-type]
     if not folder.is_dir():
-        make_pipeline(folder, dataset_captions)
+        make_pipeline(folder, captions)
     for kind, options in (("latents", {"size": _SIDE}), ("text-states", {})):
         cache.run(kind, str(shards), str(out / kind), {"model": str(folder)} | options)
-    found = {train: compare(train, out, steps, results) for train in SCRIPTS}
-    figures = {f"{train}_{name}": value for train, one in found.items() for name, value in one.items()}
-    figures["cost_ratio"] = cost_ratio(_SMALL_UNET, _SMALL_VAE, _SIDE)
-    figures["cost_ratio_sd15_512"] = cost_ratio({"cross_attention_dim": 768, "attention_head_dim": 8}, _VAE | _PUBLISHED, 512)
-    title = f"Medians of {_ROUNDS} rounds of {steps} steps, {torch.get_num_threads()} threads"
-    show_table(title, ["figure", "value"], [[name, f"{value:.4f}"] for name, value in figures.items()])
-    results.finish()
-    print(json.dumps(figures))
-    own = max(value for name, value in figures.items() if name.endswith("own_share"))
-    return min(one["cached_over_script"] for one in found.values()) >= 1.3 and own <= 0.03
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("steps", type=int, nargs="?", default=15)
-    add_option(parser)
-    given = parser.parse_args()
-    sys.exit(0 if main(given.out, given.steps, Results(__file__, given.results)) else 1)
+    main()

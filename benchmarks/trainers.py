@@ -1,6 +1,6 @@
 """Samples per second of training beside the peers' own trainers: same model, data, batch, precision and cores.
 
-    .venv/bin/python benchmarks/trainers.py OUT --repeat 3 --seconds 15
+    .venv/bin/python benchmarks/trainers.py OUT --repeat 8 --seconds 5
 
 * coca: `open_clip_train.train.train_one_epoch` on its own webdataset loader, open_clip's model and `CoCaLoss`.
 * dalle2_prior: `DiffusionPriorTrainer` on DALLE2-pytorch's `PriorEmbeddingDataset` (embedding-reader), with its averaged weights.
@@ -8,15 +8,13 @@
 * clip_vit: the loop of the image-to-prompt project: pictures as files, torchvision's transforms, a DataLoader, AdamW, a cosine schedule.
 
 GPT-2 stands beside transformers' Trainer in `text.py`, Stable Diffusion beside diffusers' script in `sd_steps.py`. Peers get one loader process beside
-one training thread, which was their best on 2 cores; ours trains in one thread too, and Ray reads with one CPU. Fresh processes in turn; rates
-after the first fifth of the steps. A peer that is not installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
+one training thread, which was their best on 2 cores; ours trains in one thread too, and Ray reads with one CPU. Both train without end and are let run in
+turns, each stopped while the other one runs (`_alternate.py`), `--repeat` turns of `--seconds`. A peer that is not installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import sys
 import tarfile
@@ -27,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _fresh import add_peers_option, can_import, fresh
+from _alternate import Ends, Program, StepLog, alternate, read_steps
+from _fresh import add_peers_option, can_import, environment
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
 
@@ -43,30 +42,22 @@ TASKS = {
 """Task → recipe, the peer's package, the peer's name."""
 
 
-class Clock:
-    """When each step ended."""
-
-    def __init__(self, steps: int, batch_size: int) -> None:
-        self.steps, self.batch_size, self.times = steps, batch_size, list[float]()
-
-    def over(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """`batches`, at most one per step; a step ends where the next batch is asked for."""
-        for batch in batches:
-            if len(self.times) == self.steps:
-                return
-            yield batch
-            self.times.append(time.perf_counter())
-
-    @property
-    def rate(self) -> float:
-        """Samples per second after the first fifth of the steps."""
-        kept = self.times[len(self.times) // 5 :]
-        return (len(kept) - 1) * self.batch_size / (kept[-1] - kept[0])
+EVERY = {"coca": 5, "dalle2_prior": 5, "dalle2_decoder": 2, "clip_vit": 5}
+"""Steps between two lines of our log, so that a turn has several."""
+ENDLESS = 100_000_000
 
 
-def config_of(task: str, out: Path, steps: int) -> RunConfig:
+def watched(batches: Iterable[Any], log: StepLog) -> Iterator[Any]:
+    """`batches`; a step ends where the next one is asked for."""
+    for batch in batches:
+        yield batch
+        log.ended()
+
+
+def config_of(task: str, out: Path) -> RunConfig:
     """The run of both sides."""
-    found = [f"data.shards={out / 'shards'}", f"train.steps={steps}", "workers=1", "train.precision=fp32", "validation.samples=0"]
+    found = [f"data.shards={out / 'shards'}", f"train.steps={ENDLESS}", f"train.log_every={EVERY[task]}", "workers=1"]
+    found += ["train.precision=fp32", "validation.samples=0"]
     found += ["checkpoint.every_steps=0", "data.validation_share=0", "optim.name=adamw"]  # as the peers' trainers
     if task != "coca":
         found.append(f"data.embeddings={out / 'embeddings'}")
@@ -75,29 +66,24 @@ def config_of(task: str, out: Path, steps: int) -> RunConfig:
     return apply_overrides(load_recipe(task, TASKS[task][0]), found)
 
 
-def ours(task: str, out: Path, steps: int) -> float:
+def ours(task: str, out: Path, run_dir: Path) -> None:
     """Our loop in this process, with logging, and reading in Ray's, as in a worker of `diptych train`."""
     from _runs import train
 
     from diptych.datasets.ray_stream import RayStream
     from diptych.pipelines.ray_context import ray_session
-    from diptych.trainers.journal import read_metrics
 
-    config = config_of(task, out, steps)
-    run_dir = out / f"run-{os.getpid()}"
     with ray_session(cpus=1):
-        train(config, run_dir, partial(RayStream, cpus=1))
-    lines = [line for line in read_metrics(str(run_dir)) if line["step"] >= steps // 5]
-    return (lines[-1]["step"] - lines[0]["step"]) * config.train.global_batch_size / (lines[-1]["time"] - lines[0]["time"])
+        train(config_of(task, out), run_dir, partial(RayStream, cpus=1))
 
 
-def prepared_config(task: str, out: Path, steps: int) -> RunConfig:
+def prepared_config(task: str, out: Path) -> RunConfig:
     """With tokenizer and dimensions, as the data say."""
     from diptych.pipelines.prepare import prepare
 
     folder = out / f"peer-{os.getpid()}"
     folder.mkdir()
-    return prepare(config_of(task, out, steps), folder).config
+    return prepare(config_of(task, out), folder).config
 
 
 def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
@@ -106,7 +92,7 @@ def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         yield from make()
 
 
-def coca(out: Path, steps: int, loaders: int) -> float:
+def coca(out: Path, log: StepLog, loaders: int) -> None:
     """open_clip_train's loop and loader."""
     import functools
 
@@ -119,13 +105,13 @@ def coca(out: Path, steps: int, loaders: int) -> float:
     from diptych.datasets.tokens import load_tokenizer
     from diptych.trainers.tasks.coca import CocaTask
 
-    config = prepared_config("coca", out, steps)
+    config = prepared_config("coca", out)
     recipe: Any = config.task
     task = CocaTask(recipe, config.seed)
     tokenizer = load_tokenizer(recipe.tokenizer)
     batch, optim = config.train.global_batch_size, config.optim
     args = argparse.Namespace(
-        train_data=shards(out), train_num_samples=steps * batch, dataset_resampled=False, train_data_upsampling_factors=None, seed=0,
+        train_data=shards(out), train_num_samples=ENDLESS * batch, dataset_resampled=False, train_data_upsampling_factors=None, seed=0,
         batch_size=batch, workers=loaders, world_size=1, rank=0, local_rank=0, distributed=False, horovod=False, device="cpu", precision="fp32",
         distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=optim.clip_norm, log_every_n_steps=config.train.log_every, wandb=False,
     )  # fmt: skip
@@ -137,8 +123,7 @@ def coca(out: Path, steps: int, loaders: int) -> float:
         is_train=True,
         tokenizer=lambda text: torch.from_numpy(tokenizer.encode([text], recipe.context_length)[0]),
     )
-    clock = Clock(steps, batch)
-    data.dataloader = Watched(data.dataloader, clock)
+    data.dataloader = Watched(data.dataloader, log)
     loss = open_clip.CoCaLoss(recipe.caption_weight, recipe.contrastive_weight, pad_id=task.vocabulary.pad)
     # As open_clip_train's main: gains and biases are not decayed.
     named = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
@@ -147,18 +132,17 @@ def coca(out: Path, steps: int, loaders: int) -> float:
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": optim.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     train_one_epoch(task.model, {"train": data}, loss, 0, optimizer, None, None, None, args)
-    return clock.rate
 
 
 class Watched:
     """A data loader of open_clip_train whose steps are timed."""
 
-    def __init__(self, loader: Any, clock: Clock) -> None:
-        self.loader, self.clock = loader, clock
+    def __init__(self, loader: Any, log: StepLog) -> None:
+        self.loader, self.log = loader, log
         self.num_batches, self.num_samples = loader.num_batches, loader.num_samples
 
     def __iter__(self) -> Iterator[Any]:
-        return self.clock.over(self.loader)
+        return watched(self.loader, self.log)
 
 
 def shards(out: Path) -> str:
@@ -167,7 +151,7 @@ def shards(out: Path) -> str:
     return f"{out / 'shards'}/{{{tars[0].stem}..{tars[-1].stem}}}.tar"
 
 
-def dalle2_prior(out: Path, steps: int, _: int) -> float:
+def dalle2_prior(out: Path, log: StepLog, _: int) -> None:
     """The lines of DALLE2-pytorch's train_diffusion_prior.py between its loader and its trainer."""
     from accelerate import Accelerator
     from dalle2_pytorch.dataloaders.prior_loader import PriorEmbeddingDataset, get_reader
@@ -175,26 +159,24 @@ def dalle2_prior(out: Path, steps: int, _: int) -> float:
 
     from diptych.trainers.prior_model import build_prior
 
-    config = prepared_config("dalle2_prior", out, steps)
+    config = prepared_config("dalle2_prior", out)
     optim, batch, recipe = config.optim, config.train.global_batch_size, config.task
     prior, _section = build_prior(recipe, config.seed)  # type: ignore[arg-type]
     trainer = DiffusionPriorTrainer(
         prior, accelerator=Accelerator(cpu=True), lr=optim.lr, wd=optim.weight_decay, max_grad_norm=optim.clip_norm, use_ema=True,
-        warmup_steps=optim.warmup_steps, cosine_decay_max_steps=steps, ema_beta=optim.ema_decay, ema_update_every=1, ema_update_after_step=0,
+        warmup_steps=optim.warmup_steps, cosine_decay_max_steps=ENDLESS, ema_beta=optim.ema_decay, ema_update_every=1, ema_update_after_step=0,
     )  # fmt: skip
     readers = get_reader(text_conditioned=False, img_url=str(out / "embeddings" / "img_emb"), txt_url=str(out / "embeddings" / "text_emb"))
     image, text = readers[0], readers[1]
     whole = len(np.load(next((out / "embeddings" / "img_emb").glob("*.npy")), mmap_mode="r")) // batch * batch
     dataset = PriorEmbeddingDataset(text_conditioned=False, batch_size=batch, start=0, stop=whole, image_reader=image, text_reader=text)
-    clock = Clock(steps, batch)
     trainer.train()
-    for images, texts in clock.over(endless(lambda: dataset)):
+    for images, texts in watched(endless(lambda: dataset), log):
         trainer(text_embed=texts.float(), image_embed=images.float())
         trainer.update()
-    return clock.rate
 
 
-def dalle2_decoder(out: Path, steps: int, loaders: int) -> float:
+def dalle2_decoder(out: Path, log: StepLog, loaders: int) -> None:
     """The lines of DALLE2-pytorch's train_decoder.py between its loader and its trainer."""
     from accelerate import Accelerator
     from dalle2_pytorch.dataloaders.decoder_loader import create_image_embedding_dataloader
@@ -203,12 +185,12 @@ def dalle2_decoder(out: Path, steps: int, loaders: int) -> float:
 
     from diptych.trainers.decoder_model import create_decoder, decoder_section, effective_config
 
-    config = prepared_config("dalle2_decoder", out, steps)
+    config = prepared_config("dalle2_decoder", out)
     optim, batch = config.optim, config.train.global_batch_size
     recipe, _files = effective_config(config.task)  # type: ignore[arg-type]
     trainer = DecoderTrainer(
         create_decoder(decoder_section(recipe)), accelerator=Accelerator(cpu=True), lr=optim.lr, wd=optim.weight_decay, max_grad_norm=optim.clip_norm,
-        use_ema=True, warmup_steps=optim.warmup_steps, cosine_decay_max_steps=steps, ema_beta=optim.ema_decay, ema_update_every=1,
+        use_ema=True, warmup_steps=optim.warmup_steps, cosine_decay_max_steps=ENDLESS, ema_beta=optim.ema_decay, ema_update_every=1,
         ema_update_after_step=0,
     )  # fmt: skip
     side = recipe.image_sizes[0]
@@ -220,16 +202,14 @@ def dalle2_decoder(out: Path, steps: int, loaders: int) -> float:
         index_width=INDEX_WIDTH,
         img_preproc=transforms.Compose([transforms.Resize((side, side)), transforms.ToTensor()]),
     )
-    clock = Clock(steps, batch)
     trainer.train()
     # Each loader process ends its epoch with what is left; short batches are not trained on.
-    for image, embedding in clock.over(batch_ for batch_ in endless(lambda: loader) if len(batch_[0]) == batch):
+    for image, embedding in watched((batch_ for batch_ in endless(lambda: loader) if len(batch_[0]) == batch), log):
         trainer(image, image_embed=embedding["img"].float(), unet_number=1)
         trainer.update(unet_number=1)
-    return clock.rate
 
 
-def clip_vit(out: Path, steps: int, loaders: int) -> float:
+def clip_vit(out: Path, log: StepLog, loaders: int) -> None:
     """The image-to-prompt project's loop: pictures opened by Pillow, transforms, DataLoader, AdamW, cosine schedule, one line of loss."""
     import torch
     from PIL import Image
@@ -238,7 +218,7 @@ def clip_vit(out: Path, steps: int, loaders: int) -> float:
 
     from diptych.trainers.tasks.clip_vit import ClipVitTask
 
-    config = prepared_config("clip_vit", out, steps)
+    config = prepared_config("clip_vit", out)
     recipe: Any = config.task
     task, batch, optim = ClipVitTask(recipe, config.seed), config.train.global_batch_size, config.optim
     files = sorted((out / "pictures").glob("*.jpg"))
@@ -257,19 +237,17 @@ def clip_vit(out: Path, steps: int, loaders: int) -> float:
     loader = DataLoader(Pictures(), batch_size=batch, shuffle=True, num_workers=loaders, drop_last=True, persistent_workers=loaders > 0)
     model = task.tower.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=optim.min_lr)
-    clock = Clock(steps, batch)
-    for images, wanted in clock.over(endless(lambda: loader)):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=ENDLESS, eta_min=optim.min_lr)
+    for images, wanted in watched(endless(lambda: loader), log):
         optimizer.zero_grad()
         loss = -torch.nn.functional.cosine_similarity(model(images), wanted).mean()
         loss.backward()
         optimizer.step()
         scheduler.step()
         loss.item()
-    return clock.rate
 
 
-PEERS: dict[str, Callable[[Path, int, int], float]] = {
+PEERS: dict[str, Callable[[Path, StepLog, int], None]] = {
     "coca": coca,
     "dalle2_prior": dalle2_prior,
     "dalle2_decoder": dalle2_decoder,
@@ -294,34 +272,48 @@ def data(out: Path, scenes: int) -> None:
                         (out / "pictures" / member.name).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
 
 
-def measured(side: str, task: str, steps: int, options: argparse.Namespace) -> float:
-    """One measurement, in a process of its own."""
-    words = [str(options.out), "--measure", f"{side}/{task}", "--steps", str(steps), "--loaders", str(options.loaders)]
-    return float(fresh(__file__, [*words, "--threads", str(options.threads)], options.peers, options.threads)["rate"])
+def programs(task: str, options: argparse.Namespace) -> dict[str, Program]:
+    """Both sides, in processes of their own."""
+    from diptych.trainers.journal import read_metrics
+
+    mark = time.time_ns()
+    run_dir, steps = options.out / f"run-{mark}", options.out / f"peer-{mark}.steps"
+    ends: dict[str, tuple[Path, Callable[[], Ends]]] = {
+        "peer": (steps, lambda: read_steps(steps)),
+        "ours": (run_dir, lambda: [(line["step"], line["time"]) for line in read_metrics(str(run_dir))]),
+    }
+    words = [sys.executable, __file__, str(options.out), "--loaders", str(options.loaders), "--threads", str(options.threads)]
+    around = environment(options.peers, options.threads)
+    return {
+        side: Program([*words, "--train", f"{side}/{task}", "--where", str(where)], found, options.out / f"{side}.log", around)
+        for side, (where, found) in ends.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seconds", type=float, default=15, help="of a measurement, about")
-    parser.add_argument("--steps", type=int, default=0, help="instead of --seconds")
+    parser.add_argument("--seconds", type=float, default=5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=8, help="turns")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on each side")
     parser.add_argument("--loaders", type=int, default=1, help="loader processes of the peers")
     add_peers_option(parser)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--where", type=Path, help=argparse.SUPPRESS)
     add_option(parser)
     options = parser.parse_args()
     options.out = options.out.resolve()
-    if options.measure:
+    if options.train:
         import torch
 
         torch.set_num_threads(options.threads)
-        side, task = options.measure.split("/")
-        rate = ours(task, options.out, options.steps) if side == "ours" else PEERS[task](options.out, options.steps, options.loaders)
-        print(json.dumps({"rate": rate}))
+        side, task = options.train.split("/")
+        if side == "ours":
+            ours(task, options.out, options.where)
+        else:
+            PEERS[task](options.out, StepLog(options.where), options.loaders)
         return
     data(options.out, options.scenes)
     results = Results(__file__, options.results)
@@ -331,11 +323,8 @@ def main() -> None:
             print(f"{task}: {package} is not installed, nothing is measured", flush=True)
             continue
         batch = load_recipe(task, recipe).train.global_batch_size
-        steps = options.steps or max(40, int(measured("peer", task, 25, options) * options.seconds / batch))
-        rates: dict[str, list[float]] = {"ours": [], "peer": []}
-        for turn, side in itertools.product(range(options.repeat), rates):
-            rates[side].append(measured(side, task, steps, options))
-            print(f"{task}, turn {turn + 1}: {side} {rates[side][-1]:9.1f} samples/s", flush=True)
+        found = alternate(programs(task, options), options.repeat, options.seconds)
+        rates = {side: [rate * batch for rate in steps] for side, steps in found.items()}
         what = f"{task}/{recipe} trains, batch {batch}, fp32, {options.threads} thread{'s' if options.threads > 1 else ''}"
         row = results.add(Row(what, "samples/s", rates["ours"], peer, rates["peer"], at_least=1.0, headline=True))
         print(f"{what}: {row.median['ours'] / row.median['peer']:.2f} × {peer}", flush=True)

@@ -1,13 +1,17 @@
-"""Figures are recorded by scripts and pages written from the records: neither may differ from the other, and goals can be missed."""
+"""Figures are measured in turns and recorded by scripts, and pages written from the records: neither may differ from the other, and goals can be missed."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +29,7 @@ def _module(name: str) -> ModuleType:
 
 _results = _module("_results")
 page = _module("page")
+_alternate = _module("_alternate")
 Row, Size, Results = _results.Row, _results.Size, _results.Results
 
 
@@ -146,3 +151,52 @@ def test_a_command_says_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert _results.command(["benchmarks/coca.py", "--results=x"]) == "OMP_NUM_THREADS=2 python benchmarks/coca.py"
     assert _results.machine()
+
+
+STEPPING = """
+import subprocess, sys, time
+sys.path.insert(0, {benchmarks!r})
+from pathlib import Path
+from _alternate import StepLog
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+Path({folder!r}, {name!r} + ".child").write_text(str(child.pid))
+log = StepLog(Path({folder!r}, {name!r} + ".steps"))
+for step in range({most}):
+    time.sleep({seconds})
+    log.ended()
+"""
+
+
+def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000) -> Any:
+    """A program with a child that does a step every `seconds`, and `most` of them."""
+    code = STEPPING.format(benchmarks=str(ROOT / "benchmarks"), folder=str(folder), name=name, seconds=seconds, most=most)
+    return _alternate.Program([sys.executable, "-c", code], lambda: _alternate.read_steps(folder / f"{name}.steps"), folder / f"{name}.log")
+
+
+def _is_running(pid: str) -> bool:
+    return psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+
+
+def test_programs_that_take_turns_never_run_together(tmp_path: Path) -> None:
+    programs = {"fast": _stepping(tmp_path, "fast", 0.01), "slow": _stepping(tmp_path, "slow", 0.05)}
+    rates = _alternate.alternate(programs, turns=3, seconds=0.5)
+    assert {name: len(found) for name, found in rates.items()} == {"fast": 3, "slow": 3}
+    assert 2 < statistics.median(rates["fast"]) / statistics.median(rates["slow"]) < 8
+    assert 10 < statistics.median(rates["slow"]) <= 20
+    # Turns of fast, slow, slow, fast, fast, slow: no step of one lies among those of the other.
+    ends = sorted((when, name) for name, program in programs.items() for _, when in program.ends()[_alternate.WARM + 20 :])
+    changes = sum(before[1] != after[1] for before, after in itertools.pairwise(ends))
+    assert changes <= 4
+    assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
+
+
+def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
+    programs = {"whole": _stepping(tmp_path, "whole", 0.01), "short": _stepping(tmp_path, "short", 0.01, most=_alternate.WARM + 1)}
+    with pytest.raises(SystemExit, match="has ended"):
+        _alternate.alternate(programs, turns=2, seconds=0.5)
+    assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
+
+
+def test_a_turn_without_steps_gives_no_figure(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="turns must be longer"):
+        _alternate.alternate({"slow": _stepping(tmp_path, "slow", 0.3)}, turns=1, seconds=0.3)

@@ -1,0 +1,150 @@
+"""Programs that train without end, measured in turns of seconds: each runs while the others are stopped.
+
+The speed of a virtual machine drifts by a third within minutes, so programs that run one after the other are measured on different machines. Here each is
+started and warmed up; then every turn lets each run for some seconds, with all its processes, and stops them (SIGSTOP) before the next one runs. Of a turn
+counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+Ends = list[tuple[int, float]]
+"""(steps done, when by `time.time()`), in order."""
+MARK = "DIPTYCH_BENCHMARK_PROGRAM"
+WARM, START_SECONDS, STOP_SECONDS = 3, 300.0, 120.0
+"""Entries of `Ends` after which a program is warm, and how long it may take to start and to end."""
+
+
+class StepLog:
+    """Where a program notes when its steps end."""
+
+    def __init__(self, path: Path) -> None:
+        self.steps = 0
+        self._file = path.open("w", buffering=1)
+
+    def ended(self) -> None:
+        """A step has ended now."""
+        self.steps += 1
+        self._file.write(f"{self.steps} {time.time()}\n")
+
+
+def read_steps(path: Path) -> Ends:
+    """What a `StepLog` has written so far."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [(int(step), float(when)) for step, when in (line.split() for line in lines)]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One side of a comparison; it trains until it is ended."""
+
+    command: list[str]
+    ends: Callable[[], Ends]
+    """Its steps so far."""
+    log: Path
+    """Its output; shown if it fails."""
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    folder: Path | None = None
+
+
+class _Running:
+    """A program's processes."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        # Children of a process that has ended are nobody's any more; what they inherited tells whose they were.
+        self._mark = uuid.uuid4().hex
+        environment = {**program.environment, MARK: self._mark}
+        with program.log.open("w") as log:
+            self._popen = subprocess.Popen(program.command, cwd=program.folder, env=environment, stdout=log, stderr=log)
+        self._root = psutil.Process(self._popen.pid)
+
+    def warm_up(self) -> None:
+        """Wait for its first steps, then stop it."""
+        deadline = time.monotonic() + START_SECONDS
+        while (done := len(self.program.ends())) < WARM:
+            self.check()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{' '.join(self.program.command)} did {done} steps in {START_SECONDS:.0f} s")
+            time.sleep(0.5)
+        self.signal(signal.SIGSTOP)
+
+    def check(self) -> None:
+        """Ends this process if the program has ended."""
+        if self._popen.poll() is not None:
+            raise SystemExit(f"{' '.join(self.program.command)} has ended:\n{self.program.log.read_text()[-4000:]}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all its processes, those included that begin meanwhile."""
+        told: set[psutil.Process] = set()
+        while new := self._family() - told:
+            for one in new:
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+            told |= new
+
+    def end(self) -> None:
+        """Ask it to end, and end what is left of it."""
+        self.signal(signal.SIGCONT)
+        self._popen.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(STOP_SECONDS)
+        left = [one for one in psutil.process_iter() if self._is_marked(one)]
+        for one in left:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        self._popen.wait()
+        psutil.wait_procs(left, 1)  # What is killed may stay as a zombie of somebody else.
+
+    def _family(self) -> set[psutil.Process]:
+        try:
+            return {self._root, *self._root.children(recursive=True)}
+        except psutil.NoSuchProcess:
+            return set()
+
+    def _is_marked(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(MARK) == self._mark
+        except psutil.Error:
+            return False
+
+
+def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> dict[str, list[float]]:
+    """Steps per second of each program in each of `turns`, in which it runs for `seconds`."""
+    with ExitStack() as stack:
+        running: dict[str, _Running] = {}
+        for name, program in programs.items():
+            running[name] = _Running(program)
+            stack.callback(running[name].end)
+            running[name].warm_up()
+        slices: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        for turn in range(turns):
+            # Every other turn backwards: what drifts steadily counts for nobody.
+            for name in list(programs)[:: -1 if turn % 2 else 1]:
+                running[name].signal(signal.SIGCONT)
+                begin = time.time()
+                time.sleep(seconds)
+                slices[name].append((begin, time.time()))
+                running[name].check()
+                running[name].signal(signal.SIGSTOP)
+    return {name: [_rate(program.ends(), *one) for one in slices[name]] for name, program in programs.items()}
+
+
+def _rate(ends: Ends, begin: float, end: float) -> float:
+    """Steps per second between the first and the last that ended in a turn."""
+    inside = [one for one in ends if begin <= one[1] <= end]
+    if len(inside) < 2:
+        raise SystemExit(f"{len(inside)} steps were noted in {end - begin:.1f} s: turns must be longer")
+    (before, start), (step, stop) = inside[0], inside[-1]
+    return (step - before) / (stop - start)
