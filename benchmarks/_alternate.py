@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -123,6 +124,8 @@ class _Running:
 def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> dict[str, list[float]]:
     """Steps per second of each program in each of `turns`, in which it runs for `seconds`."""
     with ExitStack() as stack:
+        # Asked to end, this process ends its programs first: stopped ones would stay for ever.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)))
         running: dict[str, _Running] = {}
         for name, program in programs.items():
             running[name] = _Running(program)

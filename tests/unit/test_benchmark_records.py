@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
+import signal
 import statistics
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -195,6 +198,14 @@ def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has ended"):
         _alternate.alternate(programs, turns=2, seconds=0.5)
     assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
+
+
+def test_a_comparison_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit):
+        _alternate.alternate({name: _stepping(tmp_path, name, 0.01) for name in ("one", "other")}, turns=100, seconds=1.0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert len([path for path in tmp_path.glob("*.child") if not _is_running(path.read_text())]) == 2
 
 
 def test_a_turn_without_steps_gives_no_figure(tmp_path: Path) -> None:
