@@ -111,6 +111,10 @@ def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(_results, "machine", lambda: "another machine")
     recorded(tmp_path, "sort", Row("b", "s", [3.0]))
     assert [row.what for run in page.read(tmp_path)["sort"] for row in run["rows"]] == ["b", "a", "b"]
+    recorded(tmp_path, "sort", Row("b", "s", [4.0], headline=True))
+    monkeypatch.setattr(_results, "machine", lambda: "a third machine")
+    recorded(tmp_path, "sort", Row("b", "s", [5.0], headline=True))
+    assert [line for line in page.readme_table(page.read(tmp_path)).splitlines() if line.startswith("| b")] == ["| b | 5 s |  |  |  |"]
 
 
 def test_pages_follow_the_records(tmp_path: Path) -> None:
