@@ -35,6 +35,7 @@ from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
 SEGMENT_BLOCKS = 256
 """Blocks that Ray Data plans at once; the next segment starts before this one ends."""
 TURNS_PER_SECOND = 10
+"""Of Ray Data's loop, at most: as often as it looks for new output when it has to wait for some."""
 _FAULT, _ERROR, _TAIL = "fault", "error", "tail"
 
 
