@@ -190,9 +190,9 @@ def test_programs_that_take_turns_never_run_together(tmp_path: Path) -> None:
     rates = _alternate.alternate(programs, turns=3, seconds=0.5)
     assert {name: len(found) for name, found in rates.items()} == {"fast": 3, "slow": 3}
     assert statistics.median(rates["slow"]) < min(20.001, statistics.median(rates["fast"]))
-    # Both warm up, fast and slow; then fast, slow, slow, fast, fast, slow: no step of one lies among those of the other.
+    # Both warm up, fast and slow; then fast, slow, slow, fast, fast, slow; and fast may do a step when it is let go to be ended.
     ends = sorted((when, name) for name, program in programs.items() for _, when in program.ends())
-    assert sum(before[1] != after[1] for before, after in itertools.pairwise(ends)) == 5
+    assert sum(before[1] != after[1] for before, after in itertools.pairwise(ends)) in (5, 6)
     assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
 
 
