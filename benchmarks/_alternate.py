@@ -46,6 +46,13 @@ def read_steps(path: Path) -> Ends:
     return [(int(step), float(when)) for step, when in (line.split() for line in lines)]
 
 
+def logged_steps(run_dir: Path) -> Ends:
+    """The steps that a run of ours has logged so far."""
+    from diptych.trainers.journal import read_metrics
+
+    return [(line["step"], line["time"]) for line in read_metrics(str(run_dir))]
+
+
 @dataclass(frozen=True)
 class Program:
     """One side of a comparison; it trains until it is ended."""

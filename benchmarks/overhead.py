@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _alternate import Program, StepLog, alternate, read_steps
+from _alternate import Program, StepLog, alternate, logged_steps, read_steps
 from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
@@ -65,13 +65,11 @@ def config_of(task: str, out: Path, steps: int, workers: int) -> RunConfig:
 
 def ours(task: str, out: Path, workers: int) -> Program:
     """The command."""
-    from diptych.trainers.journal import read_metrics
-
     name = f"{task}-{time.time_ns()}"
     words = [task, "--recipe", RECIPES[task], *overrides_of(task, out, ENDLESS, workers), f"name={name}", "--json"]
     return Program(
         [sys.executable, "-m", "diptych.pipelines.train", *words],
-        lambda: [(line["step"], line["time"]) for line in read_metrics(str(out / "runs" / name))],
+        lambda: logged_steps(out / "runs" / name),
         out / "ours.log",
         environment(),
         out,

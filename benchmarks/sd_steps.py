@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _alternate import Ends, Program, StepLog, alternate, read_steps
+from _alternate import Ends, Program, StepLog, alternate, logged_steps, read_steps
 from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from _runs import timed_run
@@ -42,7 +42,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from diptych.config import RunConfig, apply_overrides, load_recipe
 from diptych.datasets.tokens import train_tokenizer
 from diptych.pipelines import cache
-from diptych.trainers.journal import read_metrics
 
 _SIDE, _BATCH, _SCENES, _LENGTH, _WIDTH = 128, 8, 96, 77, 96
 _OWN_STEPS, _WARM_UP, _ENDLESS = 15, 3, 100_000_000
@@ -178,7 +177,7 @@ def program(train: str, kind: str, out: Path) -> Program:
     where = out / f"{train}-{kind}-{time.time_ns()}"
 
     def ends() -> Ends:
-        return read_steps(where) if kind == "script" else [(line["step"], line["time"]) for line in read_metrics(str(where))]
+        return read_steps(where) if kind == "script" else logged_steps(where)
 
     command = [sys.executable, __file__, str(out), "--train", f"{train}/{kind}", "--where", str(where)]
     return Program(command, ends, out / f"{kind}.log", environment(threads=torch.get_num_threads()))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _alternate import Ends, Program, StepLog, alternate, read_steps
+from _alternate import Ends, Program, StepLog, alternate, logged_steps, read_steps
 from _fresh import add_peers_option, can_import, environment
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
@@ -274,13 +274,11 @@ def data(out: Path, scenes: int) -> None:
 
 def programs(task: str, options: argparse.Namespace) -> dict[str, Program]:
     """Both sides, in processes of their own."""
-    from diptych.trainers.journal import read_metrics
-
     mark = time.time_ns()
     run_dir, steps = options.out / f"run-{mark}", options.out / f"peer-{mark}.steps"
     ends: dict[str, tuple[Path, Callable[[], Ends]]] = {
         "peer": (steps, lambda: read_steps(steps)),
-        "ours": (run_dir, lambda: [(line["step"], line["time"]) for line in read_metrics(str(run_dir))]),
+        "ours": (run_dir, lambda: logged_steps(run_dir)),
     }
     words = [sys.executable, __file__, str(options.out), "--loaders", str(options.loaders), "--threads", str(options.threads)]
     around = environment(options.peers, options.threads)
