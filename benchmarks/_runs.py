@@ -15,6 +15,7 @@ from diptych.pipelines.local import train_here
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.session import StreamFactory
 from diptych.trainers import loop
+from diptych.trainers.precision import denormals_flushed
 from diptych.trainers.recorder import Recorder, start_attempt
 from diptych.trainers.strategies.ddp import DDPStrategy
 from diptych.trainers.task import Batch, Output
@@ -66,8 +67,9 @@ def timed_run(config: RunConfig, folder: Path, warm_up: int) -> tuple[list[float
     folder.mkdir(parents=True)
     prepared = prepare(config, folder)
     config = prepared.config
-    strategy = Timed(config, load_task_class(config.task.name)(config.task, config.seed), World.current("cpu"))
-    recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
-    loop.train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
+    with denormals_flushed():
+        strategy = Timed(config, load_task_class(config.task.name)(config.task, config.seed), World.current("cpu"))
+        recorder = Recorder(str(folder), start_attempt(str(folder), strategy.world), strategy.world, config, prepared.facts["digest"])
+        loop.train(config, strategy, lambda step: LocalStream(prepared.train, 0, 1, step, config.train.steps), None, recorder)
     seconds = [after - before for before, after in itertools.pairwise(strategy.ended)]
     return seconds[warm_up:], strategy.inside[warm_up + 1 :]

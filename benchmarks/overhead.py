@@ -94,6 +94,7 @@ def loop(task_name: str, out: Path, steps: Path) -> None:
 
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as our workers do
     if size > 1:
         dist.init_process_group("gloo")
     folder = out / f"bare-{os.getpid()}"

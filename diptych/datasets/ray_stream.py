@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 import traceback
@@ -34,13 +35,16 @@ from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
 
 SEGMENT_BLOCKS = 256
 """Blocks that Ray Data plans at once; the next segment starts before this one ends."""
-TURNS_PER_SECOND = 10
-"""Of Ray Data's loop, at most: as often as it looks for new output when it has to wait for some."""
+TURNS_PER_SECOND, TURNS_WITH_OUTPUT = 10, 2
+"""Of Ray Data's loop, at most: as often as it looks for new output when it has to wait for some; and while some lies ready, a turn of 2 ms."""
+READ_NICENESS = 19
+"""Of a read task; Ray's workers have 15. What is read ahead can wait for a core that trains; a loop that waits for data leaves its core."""
 _FAULT, _ERROR, _TAIL = "fault", "error", "tail"
 
 
 def read_block(source: SampleSource, rows: np.ndarray, slots: np.ndarray, needs: Needs, seed: int) -> list[pa.Table]:
     """Body of a read task: one Arrow table, with `pack`'s columns, or with the error in the only row."""
+    os.setpriority(os.PRIO_PROCESS, 0, READ_NICENESS)
     try:
         return [pack(read_rows(source, rows, slots, needs, seed))]
     except Exception as error:
@@ -107,7 +111,7 @@ class SlotsDatasource(Datasource):
 
 
 class Paced(ExecutionCallback):
-    """Lets Ray Data's loop turn `TURNS_PER_SECOND` times at most.
+    """Lets Ray Data's loop turn `TURNS_PER_SECOND` times at most, and `TURNS_WITH_OUTPUT` times while a block waits to be trained on.
 
     The loop waits for tasks whose output is not there yet, 0.1 s at most. Once reading is as far ahead as it may be, all
     output is there, and it would turn without a pause, in a thread beside the training loop: half of a core, and the interpreter's lock.
@@ -119,7 +123,7 @@ class Paced(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         """Sleep for the rest of this turn."""
         time.sleep(max(0.0, self._next - time.monotonic()))
-        self._next = time.monotonic() + 1 / TURNS_PER_SECOND
+        self._next = time.monotonic() + 1 / (TURNS_PER_SECOND if executor._consumer_idling() else TURNS_WITH_OUTPUT)
 
 
 class _Segment:

@@ -133,6 +133,8 @@ def _import_ray(local: bool) -> Any:
     if local:
         # Local workers share this environment, so nothing need be shipped to them; a cluster's operator decides for themselves.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        # Ray ends a process that was idle for a second, and between two blocks a reader is; the next one takes two seconds of a processor to begin.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray
 
     return ray

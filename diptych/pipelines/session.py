@@ -104,7 +104,7 @@ def run_session(
     from diptych.trainers.attempts import Fenced
     from diptych.trainers.guard import Diverged
     from diptych.trainers.loop import train
-    from diptych.trainers.precision import set_deterministic
+    from diptych.trainers.precision import denormals_flushed, set_deterministic
     from diptych.trainers.progress import FaultBudgetExceeded
     from diptych.trainers.recorder import Recorder, start_attempt
     from diptych.trainers.runfolder import StorageFailed
@@ -116,24 +116,25 @@ def run_session(
     world = World.current(device)
     result: dict[str, Any]
     try:
-        if config.train.deterministic:
-            set_deterministic()
-        torch.manual_seed(config.seed)
-        strategy = make_strategy(config, load_task_class(config.task.name)(config.task, config.seed), device)
-        _check_driver(payload["driver"], run_dir, world)
-        attempt = start_attempt(payload["records"], world)
-        recorder = Recorder(payload["records"], attempt, world, config, payload["digest"])
+        with denormals_flushed():
+            if config.train.deterministic:
+                set_deterministic()
+            torch.manual_seed(config.seed)
+            strategy = make_strategy(config, load_task_class(config.task.name)(config.task, config.seed), device)
+            _check_driver(payload["driver"], run_dir, world)
+            attempt = start_attempt(payload["records"], world)
+            recorder = Recorder(payload["records"], attempt, world, config, payload["digest"])
 
-        def stream(step: int) -> Iterable[StepBatch]:
-            return make_stream(payload["train"], world.rank, world.size, step, config.train.steps)
+            def stream(step: int) -> Iterable[StepBatch]:
+                return make_stream(payload["train"], world.rank, world.size, step, config.train.steps)
 
-        def validation() -> Iterable[StepBatch]:
-            return make_stream(payload["validation"], world.rank, world.size, 0, None)
+            def validation() -> Iterable[StepBatch]:
+                return make_stream(payload["validation"], world.rank, world.size, 0, None)
 
-        held_out = validation if payload["validation"] is not None else None
-        callbacks = replace(_callbacks(payload, config, attempt, world.rank), should_save=notice)
-        ended = train(config, strategy, stream, held_out, recorder, callbacks=callbacks)
-        result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
+            held_out = validation if payload["validation"] is not None else None
+            callbacks = replace(_callbacks(payload, config, attempt, world.rank), should_save=notice)
+            ended = train(config, strategy, stream, held_out, recorder, callbacks=callbacks)
+            result = {"status": ended.status, "step": ended.step, "samples": ended.samples, "metrics": ended.metrics, "error": ""}
     except (ConfigError, Diverged, FaultBudgetExceeded, Fenced, StorageFailed) as error:
         if isinstance(error, StorageFailed) and not error.lasting:
             raise

@@ -106,6 +106,20 @@ def fast_attention(precision: Precision, tokens: int | None) -> Iterator[None]:
         torch.backends.cuda.enable_flash_sdp(enabled=before)
 
 
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers below the smallest normal one (1.2e-38 in fp32) count as zero, in this thread and in those that it starts within the block.
+
+    Much of the gradient of a sample that has been learned is that small, and a CPU takes a hundred times as long for such a number: the backward
+    pass of a small GPT-2 grew from 37 to 89 ms in 440 steps. Enter it before the first parallel operation: threads take the setting over when they begin.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def set_deterministic() -> None:
     """Deterministic kernels: bitwise equal runs on a GPU, at some speed; an operation without one raises."""
     import os

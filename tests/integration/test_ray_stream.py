@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -149,7 +151,41 @@ def test_what_is_read_ahead_leaves_the_training_loop_alone(ray_session: Any, spe
         begin = time.monotonic()
         time.sleep(3)
         seconds = time.monotonic() - begin
-    assert 0 < len([when for when in turned if begin <= when <= begin + seconds]) <= seconds * ray_stream.TURNS_PER_SECOND + 2
+    assert 0 < len([when for when in turned if begin <= when <= begin + seconds]) <= seconds * ray_stream.TURNS_WITH_OUTPUT + 2
+
+
+def test_read_tasks_give_way_to_training(ray_session: Any, spec: StreamSpec) -> None:
+    import psutil
+
+    own, found = os.getpriority(os.PRIO_PROCESS, 0), set()
+    for _ in ray_stream.RayStream(replace(spec, block_megabytes=0.03), 0, 1, 0, 100, cpus=2):
+        for pid in _read_workers():
+            with contextlib.suppress(psutil.Error):
+                found.add(psutil.Process(pid).nice())
+    assert ray_stream.READ_NICENESS in found
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+KEPT = """
+import os, time
+from diptych.pipelines.ray_context import ray_session
+with ray_session(cpus=1, logical_cpus=1) as ray:
+    def read():
+        time.sleep(1)
+        return os.getpid()
+    remote = ray.remote(num_cpus=0.3)(read)
+    before = set(ray.get([remote.remote() for _ in range(3)]))
+    time.sleep(4)
+    after = set(ray.get([remote.remote() for _ in range(3)]))
+    print(len(before), len(before & after))
+"""
+
+
+def test_processes_that_read_a_block_are_there_for_the_next_one() -> None:
+    """Ray ends what was idle for a second above the number of CPUs, and a new process takes two seconds of a processor to begin."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    told = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=180, check=True)
+    assert told.stdout.split()[-2:] == ["3", "3"]
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_running(ray_session: Any, spec: StreamSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from support_training import PairConfig, PairTask, make_rows, pair_config, share
 
 from diptych.batches import StepBatch
 from diptych.trainers.guard import Diverged
-from diptych.trainers.precision import LossScale, resolve_precision
+from diptych.trainers.precision import LossScale, denormals_flushed, resolve_precision
 from diptych.trainers.strategies import make_strategy
 
 CPU = torch.device("cpu")
@@ -111,3 +112,44 @@ def test_short_attention_in_bf16_on_a_cpu_takes_products_and_the_switch_goes_bac
     assert fused not in kernels("bf16", 17)
     for precision, tokens in (("fp32", 17), ("bf16", SHORT_ATTENTION + 1), ("bf16", None)):
         assert fused in kernels(precision, tokens)
+
+
+def learned(steps: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Weights of a classifier after `steps` more on what it is sure of, and how many gradients were denormal on the way."""
+    torch.manual_seed(0)
+    inputs, wanted = torch.eye(64), torch.arange(64)
+    layer = torch.nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(64) * 95 + torch.rand(64, 64))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)
+    denormal = 0
+    for _ in range(steps):
+        torch.nn.functional.cross_entropy(layer(inputs), wanted).backward()
+        bits = layer.weight.grad.view(torch.int32) & 0x7FFFFFFF
+        denormal += int(((bits > 0) & (bits < 0x00800000)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.clone() for name, value in layer.state_dict().items()}, denormal
+
+
+def test_gradients_too_small_to_matter_count_as_zero_and_nothing_else_changes() -> None:
+    weights, denormal = learned(20)
+    with denormals_flushed():
+        flushed, left = learned(20)
+    assert denormal > 1000
+    assert left == 0
+    assert all(torch.equal(weights[name], flushed[name]) for name in weights)
+
+
+def test_threads_begun_within_flush_too_and_the_setting_goes_back() -> None:
+    def product() -> float:
+        return (torch.full((64,), 1e-30) * 1e-10).sum().item()
+
+    found: list[float] = []
+    with denormals_flushed():
+        thread = threading.Thread(target=lambda: found.append(product()))
+        thread.start()
+        thread.join()
+        found.append(product())
+    assert found == [0.0, 0.0]
+    assert product() > 0

@@ -45,16 +45,20 @@ def _wait_for_checkpoint(run_dir: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def payload_in(folder: Path) -> dict[str, Any]:
+    """Of a run that has not begun."""
     from diptych.pipelines import train
     from diptych.pipelines.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("fenced")
     settings = overrides(make_shards(folder / "shards", 24), "run", train__steps=12, checkpoint__every_steps=3)
     config = train.resolve("coca", "smoke", "", [*settings, "task.tokenizer=train:64", "data.validation_share=0"])
     (folder / "run").mkdir()
     return payload_of(prepare(config, folder / "run"), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return payload_in(tmp_path_factory.mktemp("fenced"))
 
 
 def test_a_fenced_group_ends_together_and_leaves_the_run_to_the_newer_attempt(payload: dict[str, Any]) -> None:
@@ -75,3 +79,23 @@ def test_workers_of_a_driver_that_was_replaced_begin_no_attempt(payload: dict[st
     assert (result["status"], "elsewhere:1:2" in result["error"]) == ("fenced", True)
     assert newest_attempt(RunFolder(payload["run_dir"])) == before
     assert json.loads((run_dir / "driver.json").read_text())["driver"] == "elsewhere:1:2"
+
+
+def test_a_session_trains_with_denormals_flushed_and_sets_them_back(tmp_path: Path) -> None:
+    """Else the steps of a model that has learned its data get slower and slower on a CPU."""
+
+    def product() -> float:
+        return (torch.full((64,), 1e-30) * 1e-10).sum().item()
+
+    found = []
+
+    def stream(*given: Any) -> Iterator[StepBatch]:
+        for share in LocalStream(*given):
+            found.append(product())
+            yield share
+
+    payload = payload_in(tmp_path)
+    run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), stream)
+    assert found
+    assert not any(found)
+    assert product() > 0
