@@ -38,6 +38,7 @@ def test_ray_takes_the_cluster_file(repository: Path, name: str) -> None:
     assert len(starts) == 2
     for command in starts:
         assert "RAY_AUTH_MODE=token" in command, "every node asks for the token"
+        assert "RAY_idle_worker_killing_time_threshold_ms=60000" in command, "readers outlive a pause, as those of a local Ray do"
     assert "--dashboard-host=127.0.0.1" in starts[0]
     for command in config["setup_commands"] + commands:
         subprocess.run(["bash", "-n", "-c", command], check=True)
