@@ -168,16 +168,17 @@ def test_read_tasks_give_way_to_training(ray_session: Any, spec: StreamSpec) -> 
 
 KEPT = """
 import os, time
+import psutil
 from diptych.pipelines.ray_context import ray_session
 with ray_session(cpus=1, logical_cpus=1) as ray:
     def read():
         time.sleep(1)
         return os.getpid()
-    remote = ray.remote(num_cpus=0.3)(read)
-    before = set(ray.get([remote.remote() for _ in range(3)]))
-    time.sleep(4)
-    after = set(ray.get([remote.remote() for _ in range(3)]))
-    print(len(before), len(before & after))
+    remote, readers = ray.remote(num_cpus=0.3)(read), set()
+    while len(readers) < 2:
+        readers |= set(ray.get([remote.remote() for _ in range(3)]))
+    time.sleep(5)
+    print(sum(psutil.pid_exists(reader) for reader in readers) == len(readers))
 """
 
 
@@ -185,7 +186,7 @@ def test_processes_that_read_a_block_are_there_for_the_next_one() -> None:
     """Ray ends what was idle for a second above the number of CPUs, and a new process takes two seconds of a processor to begin."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     told = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=180, check=True)
-    assert told.stdout.split()[-2:] == ["3", "3"]
+    assert told.stdout.split()[-1] == "True"
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_running(ray_session: Any, spec: StreamSpec) -> None:
