@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/overhead.py OUT --repeat 8 --seconds 5
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
-dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, at the same batch size. With 2
+dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size. With 2
 workers the bare loop is DDP under torchrun. Both train without end and are let run in turns, each stopped while the other one runs (`_alternate.py`),
 `--repeat` turns of `--seconds`. Exit status 1 if ours is below 0.97 of
 the bare loop. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without Ray, that is neither

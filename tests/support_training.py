@@ -285,3 +285,8 @@ def trace_rows(folder: str | Path) -> list[tuple[int, int, int]]:
     """(step, slot, row) of the history that counts, in order."""
     table = read_trace(str(folder)).to_pydict()
     return list(zip(table["step"], table["slot"], table["row"], strict=True))
+
+
+def denormal_product() -> float:
+    """Above 0 where this thread computes with denormal numbers, 0 where it flushes them."""
+    return (torch.full((64,), 1e-30) * 1e-10).sum().item()

@@ -18,6 +18,10 @@ WORKER_GB = 0.75
 """Resident memory of a training worker with torch, Ray and a small model, measured on a CPU."""
 
 
+KEEP_READERS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
+"""Ray ends a process that was idle for a second, and between two blocks a reader is; the next one takes two seconds of a processor to begin."""
+
+
 def required_cpus(config: RunConfig, workers: int = 0) -> float:
     """Logical CPUs that a run holds with `workers` (0 = its most) workers: theirs and its readers', unless it is elastic.
 
@@ -133,8 +137,7 @@ def _import_ray(local: bool) -> Any:
     if local:
         # Local workers share this environment, so nothing need be shipped to them; a cluster's operator decides for themselves.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        # Ray ends a process that was idle for a second, and between two blocks a reader is; the next one takes two seconds of a processor to begin.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        os.environ.setdefault(*KEEP_READERS)
     import ray
 
     return ray

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from diptych.config import apply_overrides, load_recipe
+from diptych.pipelines.ray_context import KEEP_READERS
 
 CLUSTERS = {"cluster.yaml": "aws", "deploy/cluster-local.yaml": "local"}
 
@@ -38,7 +39,7 @@ def test_ray_takes_the_cluster_file(repository: Path, name: str) -> None:
     assert len(starts) == 2
     for command in starts:
         assert "RAY_AUTH_MODE=token" in command, "every node asks for the token"
-        assert "RAY_idle_worker_killing_time_threshold_ms=60000" in command, "readers outlive a pause, as those of a local Ray do"
+        assert "=".join(KEEP_READERS) in command, "readers outlive a pause, as those of a local Ray do"
     assert "--dashboard-host=127.0.0.1" in starts[0]
     for command in config["setup_commands"] + commands:
         subprocess.run(["bash", "-n", "-c", command], check=True)
@@ -110,6 +111,7 @@ def test_the_dockerfile_passes_its_linter(repository: Path) -> None:
 
 def test_the_image_holds_what_is_there_and_runs_as_a_user(repository: Path) -> None:
     text = (repository / "deploy/Dockerfile").read_text()
+    assert "=".join(KEEP_READERS) in text, "as on nodes that `ray start` begins"
     for sources in re.findall(r"^COPY --chown=ray:ray (.+) \S+$", text, re.MULTILINE):
         for source in sources.split():
             assert (repository / source).exists(), source

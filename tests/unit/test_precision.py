@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_training import PairConfig, PairTask, make_rows, pair_config, share_of, train_in
+from support_training import PairConfig, PairTask, denormal_product, make_rows, pair_config, share_of, train_in
 
 from diptych.batches import StepBatch
 from diptych.trainers.guard import Diverged
@@ -142,14 +142,11 @@ def test_gradients_too_small_to_matter_count_as_zero_and_nothing_else_changes() 
 
 
 def test_threads_begun_within_flush_too_and_the_setting_goes_back() -> None:
-    def product() -> float:
-        return (torch.full((64,), 1e-30) * 1e-10).sum().item()
-
     found: list[float] = []
     with denormals_flushed():
-        thread = threading.Thread(target=lambda: found.append(product()))
+        thread = threading.Thread(target=lambda: found.append(denormal_product()))
         thread.start()
         thread.join()
-        found.append(product())
+        found.append(denormal_product())
     assert found == [0.0, 0.0]
-    assert product() > 0
+    assert denormal_product() > 0

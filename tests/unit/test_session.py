@@ -12,6 +12,7 @@ import pytest
 import torch
 from support_distributed import run_workers
 from support_runs import make_shards, overrides
+from support_training import denormal_product
 
 from diptych.batches import StepBatch
 from diptych.config import RunConfig
@@ -83,19 +84,15 @@ def test_workers_of_a_driver_that_was_replaced_begin_no_attempt(payload: dict[st
 
 def test_a_session_trains_with_denormals_flushed_and_sets_them_back(tmp_path: Path) -> None:
     """Else the steps of a model that has learned its data get slower and slower on a CPU."""
-
-    def product() -> float:
-        return (torch.full((64,), 1e-30) * 1e-10).sum().item()
-
     found = []
 
     def stream(*given: Any) -> Iterator[StepBatch]:
         for share in LocalStream(*given):
-            found.append(product())
+            found.append(denormal_product())
             yield share
 
     payload = payload_in(tmp_path)
     run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), stream)
     assert found
     assert not any(found)
-    assert product() > 0
+    assert denormal_product() > 0
