@@ -60,15 +60,27 @@ def train_worker(payload: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from diptych.datasets.ray_stream import RayStream
     from diptych.pipelines.process_group import own_device
 
     config = RunConfig.from_json(payload["config"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    cpus = config.cluster.data_cpus / ray.train.get_context().get_world_size()
-    make_stream = partial(RayStream, cpus=cpus, claims=not ray_context.is_elastic(config))
+    make_stream = _make_stream(config, ray.train.get_context().get_world_size())
     run_session(payload, config, own_device(bool(config.cluster.gpus_per_worker)), make_stream, notice=_PreemptionNotice())
+
+
+def _make_stream(config: RunConfig, world_size: int) -> StreamFactory:
+    """Read tasks on `cluster.data_cpus`, or a thread of the worker where that is 0; the shares are the same.
+
+    Where every core trains, readers and the processes of Ray Data have none of their own, and each hold-up of one worker holds up all.
+    """
+    if not config.cluster.data_cpus:
+        from diptych.datasets.stream import LocalStream
+
+        return LocalStream
+    from diptych.datasets.ray_stream import RayStream
+
+    return partial(RayStream, cpus=config.cluster.data_cpus / world_size, claims=not ray_context.is_elastic(config))
 
 
 def train_alone(payload: dict[str, Any]) -> None:

@@ -182,13 +182,30 @@ with ray_session(cpus=1, logical_cpus=1) as ray:
     time.sleep(5)
     print(sum(psutil.pid_exists(reader) for reader in readers) == len(readers))
 """
+AHEAD = """
+import time
+import psutil
+from diptych.pipelines.ray_context import ray_session
+with ray_session(cpus=4, logical_cpus=4) as ray:
+    time.sleep(5)
+    lines = ["".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    print(sum(line.startswith("ray::IDLE") for line in lines))
+"""
+
+
+def _in_a_ray_of_its_own(code: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=True)
+    return done.stdout.split()[-1]
+
+
+def test_a_local_ray_begins_no_process_before_there_is_work_for_it() -> None:
+    assert _in_a_ray_of_its_own(AHEAD) == "0"
 
 
 def test_processes_that_read_a_block_are_there_for_the_next_one() -> None:
     """Ray ends what was idle for a second above the number of CPUs, and a new process takes two seconds of a processor to begin."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    told = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=180, check=True)
-    assert told.stdout.split()[-1] == "True"
+    assert _in_a_ray_of_its_own(KEPT) == "True"
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_running(ray_session: Any, spec: StreamSpec) -> None:

@@ -150,6 +150,14 @@ def test_a_signal_leaves_a_run_that_goes_on(shards: Path, references: dict[int, 
     assert_one_finished_mlflow_run(store, str(second["run_id"]), int(str(stopped["step"])))
 
 
+def test_who_reads_changes_nothing(shards: Path, references: dict[int, Path], tmp_path: Path) -> None:
+    """Workers that read for themselves, and after a stop read tasks: the run of read tasks alone."""
+    for readers, steps in ((0, 23), (2, STEPS)):
+        result = train(overrides(shards, "threads", train__steps=steps, cluster__data_cpus=readers))
+        assert (result["status"], result["step"]) == ("finished", steps)
+    assert_same_run(tmp_path / "runs/threads", references[2])
+
+
 @pytest.mark.slow
 def test_fewer_workers_after_a_stop_see_the_same_samples(shards: Path, ray_session: Any, tmp_path: Path) -> None:
     """4 → 3 → 1 workers with a global batch of 8, which 3 does not divide."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +98,14 @@ def test_a_session_trains_with_denormals_flushed_and_sets_them_back(tmp_path: Pa
     assert found
     assert not any(found)
     assert denormal_product() > 0
+
+
+@pytest.mark.parametrize(("data_cpus", "name", "imported"), [(0, "LocalStream", "False"), (3, "RayStream", "True")])
+def test_workers_without_data_cpus_read_for_themselves_and_leave_ray_data_out(data_cpus: int, name: str, imported: str) -> None:
+    code = (
+        "import sys; from diptych.config import apply_overrides, load_recipe; from diptych.pipelines.session import _make_stream\n"
+        f"made = _make_stream(apply_overrides(load_recipe('coca', 'smoke'), ['cluster.data_cpus={data_cpus}']), 2)\n"
+        "print(getattr(made, 'func', made).__name__, getattr(made, 'keywords', {}).get('cpus', 0.0), 'ray.data' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [name, str(data_cpus / 2), imported]
