@@ -6,7 +6,8 @@ For each task a small model learns generated scenes: `diptych train` as a comman
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size. With 2
 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`), which the goal is
 for: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`),
-`--repeat` turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without Ray, that is neither
+`--repeat` turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. `--parts` tells where the rest
+goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without Ray, that is neither
 forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
 """
 
@@ -20,7 +21,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ EVERY = dict.fromkeys(RECIPES, 10) | {"dalle2_decoder": 2, "stable_diffusion": 2
 GOAL, DIM, KEPT, ENDLESS, PEER = 0.97, 96, 24, 100_000_000, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
 HOW = {1: {"1 worker": 2}, 2: {"2 workers": 2, "2 workers that read for themselves": 0}}
 """`cluster.data_cpus` of what is measured, by number of workers; the goal is for the fewest."""
+SOURCES = {"memory": "batches in memory", "thread": "reading in a thread"}
 OWN_STEPS, OWN_TURNS, STARTS = 50, 3, 3
 
 
@@ -89,9 +91,51 @@ def ours(task: str, out: Path, workers: int, readers: int) -> Program:
 def bare(task: str, out: Path, workers: int) -> Program:
     """`loop` in fresh processes."""
     steps = out / f"bare-{time.time_ns()}.steps"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launcher, __file__, str(out), "--bare", task, "--steps", str(steps)]
+    command = [*launcher(workers), str(out), "--bare", task, "--steps", str(steps)]
     return Program(command, lambda: read_steps(steps), out / "bare.log", environment(), out)
+
+
+def part(task: str, out: Path, workers: int, source: str) -> Program:
+    """`our_loop` in fresh processes."""
+    run = out / f"part-{time.time_ns()}"
+    command = [*launcher(workers), str(out), "--part", task, "--source", source, "--steps", str(run)]
+    return Program(command, lambda: logged_steps(run), out / "part.log", environment(), out)
+
+
+def launcher(workers: int) -> list[str]:
+    """This script in one process, or in torchrun's."""
+    return [
+        sys.executable,
+        *(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []),
+        __file__,
+    ]
+
+
+def our_loop(task_name: str, out: Path, run: Path, source: str) -> None:
+    """Our training session without end and without Ray, in this process or as one of torchrun's."""
+    import torch
+    import torch.distributed as dist
+
+    from diptych.batches import StepBatch
+    from diptych.datasets.stream import LocalStream, StreamSpec
+    from diptych.pipelines.prepare import prepare
+    from diptych.pipelines.session import payload_of, run_session
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo")
+    run.mkdir(exist_ok=True)
+    folder = out / f"part-{os.getpid()}"
+    folder.mkdir()
+    prepared = prepare(config_of(task_name, out, ENDLESS, size), folder)
+
+    def in_memory(spec: StreamSpec, rank: int, size: int, start: int, stop: int | None) -> Iterator[StepBatch]:
+        shares = list(LocalStream(spec, rank, size, 0, KEPT))
+        return (StepBatch(step, shares[step % KEPT].arrays) for step in range(start, stop or ENDLESS))
+
+    stream = in_memory if source == "memory" else LocalStream
+    run_session(payload_of(prepared, run), prepared.config, torch.device("cpu"), stream)
 
 
 def loop(task_name: str, out: Path, steps: Path) -> None:
@@ -255,6 +299,8 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
         programs = {"bare": bare(task, options.out, workers)} | {
             how: ours(task, options.out, workers, readers) for how, readers in HOW[workers].items()
         }
+        if options.parts:
+            programs |= {source: part(task, options.out, workers, source) for source in SOURCES}
         steps = alternate(programs, options.repeat, options.seconds)
         rates = {side: [rate * size for rate in found] for side, found in steps.items()}
         for how, readers in HOW[workers].items():
@@ -266,6 +312,10 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
                 f"{what}: {row.median['ours'] / row.median['peer']:.3f} of {row.peer}{f' (goal: at least {goal})' if goal else ''}",
                 flush=True,
             )
+        for source in SOURCES if options.parts else []:
+            what = f"{task}/{RECIPES[task]}, batch {size}, fp32: our loop in the place of {PEER[workers]}, {SOURCES[source]}"
+            found = results.add(Row(what, "samples/s", rates[source], PEER[workers], rates["bare"])).median
+            print(f"{what}: {found['ours'] / found['peer']:.3f}", flush=True)
         if workers == 1:
             words = [str(options.out), "--own", task]
             shares = [float(fresh(__file__, words)["share"]) for _ in range(OWN_TURNS)]
@@ -295,6 +345,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--parts", action="store_true", help="also our loop without Ray, from memory and reading in a thread")
+    parser.add_argument("--part", choices=RECIPES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--bare", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--own", choices=RECIPES, help=argparse.SUPPRESS)
@@ -304,6 +357,9 @@ def main() -> None:
     options.out = options.out.resolve()
     if options.bare:
         loop(options.bare, options.out, options.steps)
+        return
+    if options.part:
+        our_loop(options.part, options.out, options.steps, options.source)
         return
     if options.own:
         print(json.dumps({"share": own_share(options.own, options.out)}))
