@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-# Scripts of benchmarks/: those that stand beside a peer or count, an hour and three quarters; those that learn, paint, are killed or are of published
+# Scripts of benchmarks/: those that stand beside a peer or count, about two hours; those that learn, paint, are killed or are of published
 # size, longer; and the arguments of each.
 BENCH ?= kernels sd_steps overhead trainers text ingest resume verbs reorder embed dedup scale simulate memory
 LONG = prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 kills real_sizes

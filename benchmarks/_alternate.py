@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -132,7 +133,7 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
     """Steps per second of each program in each of `turns`, in which it runs for `seconds`."""
     with ExitStack() as stack:
         # Asked to end, this process ends its programs first: stopped ones would stay for ever.
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)))
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end_once))
         running: dict[str, _Running] = {}
         for name, program in programs.items():
             running[name] = _Running(program)
@@ -149,6 +150,12 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
                 running[name].check()
                 running[name].signal(signal.SIGSTOP)
     return {name: [_rate(program.ends(), *one) for one in slices[name]] for name, program in programs.items()}
+
+
+def _end_once(*_: object) -> NoReturn:
+    # Asked again, as `timeout` does, it would stop ending its programs.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _rate(ends: Ends, begin: float, end: float) -> float:

@@ -3,12 +3,12 @@
     .venv/bin/python benchmarks/overhead.py OUT --repeat 8 --seconds 5
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
-dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size. With 2
-workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`), which the goal is
-for: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`),
-`--repeat` turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. `--parts` tells where the rest
-goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without Ray, that is neither
-forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
+dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
+With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
+for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
+turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. `--parts` tells where the rest goes: our loop in the bare loop's place, without
+Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without
+Ray, that is neither forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
 """
 
 from __future__ import annotations

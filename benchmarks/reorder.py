@@ -4,9 +4,10 @@
 
 Made data in clip-retrieval's layout: partitions of a million rows, tars of 10,000 samples with one dead link in a hundred,
 two loader workers interleaved, captions and URLs in the metadata as the real thing has. Each measurement is a fresh
-process; both sides in turn, medians of `--repeat`; exit status 1 if a goal is missed.
-The peer's algorithm (per partition: pandas over the whole metadata, a Python loop over its rows, a list per shard, `np.save`) is written here anew with what it needs to give a right result at all: widths as given, pandas 2, the
-dtype kept, trailing gaps filled. It handles images only, so both are given images only.
+process; both sides in turn, medians of `--repeat`; exit status 1 if a goal is missed. The peer's algorithm (per partition:
+pandas over the whole metadata, a Python loop over its rows, a list per shard, `np.save`) is written here anew with what it
+needs to give a right result at all: widths as given, pandas 2, the dtype kept, trailing gaps filled. It handles images
+only, so both are given images only.
 """
 
 from __future__ import annotations

@@ -19,18 +19,15 @@ WORKER_GB = 0.75
 
 KEEP_READERS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 """Ray ends a process that was idle for a second, and between two blocks a reader is; the next one takes two seconds of a processor to begin."""
-LOCAL_SETTINGS = dict(
-    [
-        # Local workers share this environment, so nothing need be shipped to them.
-        ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"),
-        KEEP_READERS,
-        # Of the processes that Ray starts ahead of any work one would never have some.
-        ("RAY_prestart_worker_first_driver", "0"),
-        # Nobody collects the metrics of a Ray without a dashboard, and of its logs new files are looked for twice a second, not ten times.
-        ("RAY_enable_metrics_collection", "0"),
-        ("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1"),
-    ]
-)
+LOCAL_SETTINGS = dict([KEEP_READERS]) | {
+    # Local workers share this environment, so nothing need be shipped to them.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Of the processes that Ray starts ahead of any work one would never have some.
+    "RAY_prestart_worker_first_driver": "0",
+    # Nobody collects the metrics of a Ray without a dashboard, and of its logs new files are looked for twice a second, not ten times.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",
+}
 """Of a local Ray, where the environment does not say otherwise; a cluster's operator decides for themselves."""
 
 

@@ -203,7 +203,15 @@ def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
 
 
-def test_a_comparison_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_comparison_that_is_asked_to_end_and_asked_again_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = _alternate._Running.end
+
+    def asked_again(running: _alternate._Running) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        end(running)
+
+    monkeypatch.setattr(_alternate._Running, "end", asked_again)
+
     def ask() -> None:
         while len(list(tmp_path.glob("*.steps"))) < 2:
             time.sleep(0.1)
