@@ -2,8 +2,8 @@
 
 A run is one stream of slots without an epoch seam. Slot i belongs to epoch i // N of the N selected samples. In an epoch
 the shards are permuted, the resulting sequence is cut into chunks of neighbours, the chunks are permuted, and samples are
-permuted within consecutive groups. An epoch costs O(shards + N / chunk) when it is first touched, a group O(group), and
-nothing is computed for the slots before, so slot 5·10⁹ is as near as slot 0.
+permuted within consecutive groups. An epoch costs O(shards) when it is first touched, whatever N and the size of chunks, a
+group O(group), and nothing is computed for the slots before, so slot 5·10⁹ is as near as slot 0.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class _Epoch(NamedTuple):
     """int64 [S]: samples up to and including each shard, in the epoch's order of shards."""
     shifts: np.ndarray
     """int64 [S]: what to add to a place in the epoch's sequence to get the place in the selection."""
-    chunks: np.ndarray
-    """int32 or int64 [ceil(N / chunk)]: the chunk at each place."""
+    chunks: draws.Permutation
+    """Of ceil(N / chunk): the chunk at each place."""
     short_at: int
     """Where the last chunk, which may be shorter, went."""
 
@@ -100,21 +100,19 @@ class Order:
 
     def _unchunk(self, epoch: _Epoch, places: np.ndarray) -> np.ndarray:
         """Places behind the permutation of chunks → places before it, although one chunk is shorter than the others."""
-        short = self.samples - (len(epoch.chunks) - 1) * self.chunk
+        short = self.samples - (epoch.chunks.length - 1) * self.chunk
         behind = places >= epoch.short_at * self.chunk + short
         # Behind the short chunk everything stands `chunk - short` earlier than it would with whole chunks.
         at, offset = np.divmod(np.where(behind, places + (self.chunk - short), places), self.chunk)
-        return epoch.chunks[at].astype(np.int64) * self.chunk + offset
+        return epoch.chunks(at) * self.chunk + offset
 
     def _make_epoch(self, number: int) -> _Epoch:
         key = draws.key_of(self._key, number)
         shards = draws.permutation(draws.key_of(key, "shards"), len(self._counts))
         ends = np.cumsum(self._counts[shards])
         shifts = self._starts[shards] - (ends - self._counts[shards])
-        length = -(-self.samples // self.chunk)
-        chunks = draws.permutation(draws.key_of(key, "chunks"), length)
-        short_at = int(np.flatnonzero(chunks == length - 1)[0])
-        return _Epoch(key, ends, shifts, chunks.astype(np.int32) if length < 1 << 31 else chunks, short_at)
+        chunks = draws.Permutation(draws.key_of(key, "chunks"), -(-self.samples // self.chunk))
+        return _Epoch(key, ends, shifts, chunks, chunks.place_of(chunks.length - 1))
 
     def _make_group(self, epoch: _Epoch, group: int) -> np.ndarray:
         length = min(self.group, self.samples - group * self.group)

@@ -27,6 +27,9 @@ MODALITIES = ("img_emb", "text_emb")
 WINDOW_BYTES = 16 << 20
 """Bytes of output that are gathered at once, and that one ranged read may take, per thread."""
 
+_SHARDS_TOGETHER = 4
+"""Neighbouring shards that one thread gathers one after the other, most of them from the same rows."""
+
 _PARQUET_BUFFER_BYTES = 1 << 20
 """Metadata is read by pieces of it, not by whole columns of a row group, which may have millions of rows."""
 
@@ -161,24 +164,33 @@ def write_shards(source: Source, index: PlaceIndex, out: str, may_reuse: bool = 
     for _ in range(jobs):
         buffers.put(_Buffers(source))
 
-    def one(shard: ShardRows, sources: np.ndarray) -> ShardResult:
-        taken = sources != NOWHERE
-        result = ShardResult(shard.name, shard.rows, int(np.count_nonzero(taken)), np.flatnonzero(~taken))
-        if result.filled == 0:
-            return result
-        paths = {kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes}
-        result.reused = may_reuse and all(_is_whole(path, shard.rows) for path in paths.values())
+    def several(items: Sequence[tuple[ShardRows, np.ndarray]]) -> list[ShardResult]:
+        takens = [sources != NOWHERE for _, sources in items]
+        results = [
+            ShardResult(shard.name, shard.rows, int(np.count_nonzero(taken)), np.flatnonzero(~taken))
+            for (shard, _), taken in zip(items, takens, strict=True)
+        ]
+        paths = [{kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes} for shard, _ in items]
+        for result, path in zip(results, paths, strict=True):
+            result.reused = may_reuse and result.filled > 0 and all(_is_whole(url, result.rows) for url in path.values())
         own = buffers.get()
-        for kind, path in paths.items():
+        for kind in source.shapes:
             arrays = [part.embeddings[kind] for part in source.partitions]
-            bad = _scan_zeros(path, taken) if result.reused else _write_shard(arrays, sources, own, path)
-            if len(bad):
-                result.bad[kind] = bad
+            for (_, sources), taken, result, path in zip(items, takens, results, paths, strict=True):
+                if result.filled == 0:
+                    continue
+                bad = _scan_zeros(path[kind], taken) if result.reused else _write_shard(arrays, sources, own, path[kind])
+                if len(bad):
+                    result.bad[kind] = bad
         buffers.put(own)
-        return result
+        return results
 
+    # Few shards are dealt one by one, so that every thread has its share.
+    together = max(1, min(_SHARDS_TOGETHER, len(index.shards) // (4 * jobs)))
+    shards = index.by_shard()
     with ThreadPoolExecutor(jobs) as pool:
-        yield from _in_order(pool, one, index.by_shard(), 2 * jobs)
+        for results in _in_order(pool, several, iter(lambda: list(itertools.islice(shards, together)), []), 2 * jobs):
+            yield from results
 
 
 class _Buffers:
@@ -187,12 +199,21 @@ class _Buffers:
     def __init__(self, source: Source) -> None:
         size = max(WINDOW_BYTES, *(dim * dtype.itemsize for dim, dtype in source.shapes.values()))
         self._read, self._block = np.empty(size, np.uint8), np.empty(size, np.uint8)
+        self._held, self._start, self._stop = "", 0, 0
 
     def read(self, array: NpyFile, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of `array`, until the next call."""
-        rows = self._rows(self._read, array, stop - start)
-        array.read_into(start, rows)
-        return rows
+        """Rows [start, stop) of `array`, until the next call. What the last call read of them is not read again.
+
+        Loader workers that take turns spread each shard over as many shards' rows as there are workers.
+        """
+        held = array.url == self._held and self._start <= start and 2 * (min(stop, self._stop) - start) >= stop - start
+        if not held or (stop - self._start) * array.row_bytes > len(self._read):
+            self._held, self._start, self._stop = array.url, start, start
+        rows = self._rows(self._read, array, max(stop, self._stop) - self._start)
+        if stop > self._stop:
+            array.read_into(self._stop, rows[self._stop - self._start :])
+            self._stop = stop
+        return rows[start - self._start : stop - self._start]
 
     def block(self, array: NpyFile, rows: int) -> np.ndarray:
         """Room for rows like those of `array`, until the next call; holds anything."""
@@ -204,13 +225,13 @@ class _Buffers:
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    work: Callable[[ShardRows, np.ndarray], ShardResult],
-    items: Iterator[tuple[ShardRows, np.ndarray]],
+    work: Callable[[list[tuple[ShardRows, np.ndarray]]], list[ShardResult]],
+    items: Iterator[list[tuple[ShardRows, np.ndarray]]],
     ahead: int,
-) -> Iterator[ShardResult]:
+) -> Iterator[list[ShardResult]]:
     pending = []
     for item in items:
-        pending.append(pool.submit(work, *item))
+        pending.append(pool.submit(work, item))
         if len(pending) >= ahead:
             yield pending.pop(0).result()
     for future in pending:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diptych.batches import Fault
@@ -139,7 +140,7 @@ def reorder_embeddings(
         report = Report(samples_in=source.rows, index_width=index.width)
         report.modalities = {kind: f"{dtype} [{dim}]" for kind, (dim, dtype) in source.shapes.items()}
         _write_record(out, {"status": "running", "fingerprint": fingerprint})
-        gaps = _GapTable()
+        gaps = _GapTable(index.width)
         for result in reorder.write_shards(source, index, out, may_reuse, jobs):
             _account(report, gaps, index, result, samples(result.name))
             advance(result.filled)
@@ -173,34 +174,41 @@ def _account(report: Report, gaps: _GapTable, index: PlaceIndex, result: reorder
         ("bad_embedding", bad, f"zeros, NaN or infinity in {' and '.join(result.bad)}; its row is zeros"),
         ("unknown_sample", extra, "an embedding whose sample is not in the tar; it was written all the same"),
     ):
-        keys = [f"{result.name}{number:0{index.width}d}" for number in rows.tolist()]
-        if reason != "unknown_sample":
-            gaps.add(result.name, keys, rows, reason)
-        for key in keys if detail else ():
-            report.add(Fault(f"{result.name}.tar", key, reason, detail))
+        if reason != "unknown_sample" and len(rows):
+            gaps.add(result.name, rows, reason)
+        for number in rows.tolist() if detail else ():
+            report.add(Fault(f"{result.name}.tar", f"{result.name}{number:0{index.width}d}", reason, detail))
 
 
 class _GapTable:
     """`gaps.parquet`, compressed as it grows, so that memory holds little of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
+        self._width = width
         self._stream = io.BytesIO()
         self._writer = pq.ParquetWriter(self._stream, GAP_SCHEMA, compression="zstd")
-        self._pending: list[pa.RecordBatch] = []
+        self._pending: list[tuple[str, np.ndarray, str]] = []
+        self._pending_rows = 0
 
-    def add(self, shard: str, keys: list[str], rows: np.ndarray, reason: str) -> None:
-        if not keys:
-            return
-        index = pa.Array.from_buffers(pa.int32(), len(keys), [None, pa.py_buffer(rows.astype(np.int32))])
-        columns = [_texts([shard] * len(keys)), _texts(keys), index, _texts([reason] * len(keys))]
-        self._pending.append(pa.RecordBatch.from_arrays(columns, schema=GAP_SCHEMA))
-        if sum(map(len, self._pending)) >= _GAPS_AT_ONCE:
+    def add(self, shard: str, rows: np.ndarray, reason: str) -> None:
+        """The `rows` (int64 [n]) of `shard`, all for one `reason`."""
+        self._pending.append((shard, rows, reason))
+        self._pending_rows += len(rows)
+        if self._pending_rows >= _GAPS_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
-            self._pending.clear()
+        if not self._pending:
+            return
+        shards, rows, reasons = zip(*self._pending, strict=True)
+        group = np.repeat(np.arange(len(rows), dtype=np.int32), [len(part) for part in rows])
+        of_group, places = _integers(group), _integers(np.concatenate(rows).astype(np.int32))
+        shard = _texts(shards).take(of_group)
+        digits = pc.utf8_lpad(places.cast(pa.string()), self._width, "0")
+        columns = [shard, pc.binary_join_element_wise(shard, digits, ""), places, _texts(reasons).take(of_group)]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=GAP_SCHEMA))
+        self._pending.clear()
+        self._pending_rows = 0
 
     def to_bytes(self) -> bytes:
         self._flush()
@@ -208,10 +216,17 @@ class _GapTable:
         return self._stream.getvalue()
 
 
-def _texts(values: list[str]) -> pa.StringArray:
-    """ASCII texts of one length. From bytes: `pa.array` of a list imports pandas, which takes longer than to reorder 100,000 rows."""
-    ends = np.arange(len(values) + 1, dtype=np.int32) * len(values[0])
-    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer("".join(values).encode()))
+# From buffers: `pa.array` of a list or an array imports pandas, which takes longer than to reorder 100,000 rows.
+
+
+def _texts(values: Sequence[str]) -> pa.StringArray:
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
+def _integers(values: np.ndarray) -> pa.Int32Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 def _fingerprint(source: reorder.Source, shards: Sequence[ShardRows]) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,13 +33,13 @@ def selections(draw: st.DrawFn) -> tuple[Selection, np.ndarray]:
 orders = st.tuples(selections(), st.integers(0, 3), st.integers(1, 9), st.integers(1, 40))
 
 
-@given(orders, st.integers(0, 10**6))
-def test_every_epoch_is_a_permutation_of_the_selection(made: tuple, epoch: int) -> None:
+@given(orders, st.integers(0, 10**6), st.sampled_from([0, draws.LISTED]))
+def test_every_epoch_is_a_permutation_of_the_selection(made: tuple, epoch: int, listed: int) -> None:
     (selection, starts), seed, chunk, group = made
-    order = Order(selection, starts, seed, chunk=chunk, group=group)
     slots = epoch * selection.samples + np.arange(selection.samples)
     expected = np.arange(selection.samples) if selection.rows is None else selection.rows
-    assert sorted(order.rows(slots)) == expected.tolist()
+    with mock.patch.object(draws, "LISTED", listed):
+        assert sorted(Order(selection, starts, seed, chunk=chunk, group=group).rows(slots)) == expected.tolist()
 
 
 @given(orders, st.data())
@@ -101,11 +102,17 @@ def test_the_order_does_not_change_between_releases() -> None:
     assert _thousand().rows(np.array([0, 1, 2, 999, 1000, 123_456])).tolist() == [761, 774, 858, 89, 815, 595]
 
 
-def test_a_slot_far_away_is_immediate_and_small() -> None:
-    samples = 10_000_000
+def test_the_order_of_many_chunks_does_not_change_between_releases() -> None:
+    many = Order(Selection(None, 1 << 22, "d"), np.arange(0, (1 << 22) + 1, 1 << 12), 0, chunk=2)
+    assert many.rows(np.array([0, 1, 2, 1 << 22, 123_456_789])).tolist() == [777325, 1915342, 730669, 4153449, 3235799]
+    assert draws.Permutation(0, draws.LISTED)(np.arange(3)).tolist() == draws.permutation(0, draws.LISTED)[:3].tolist()
+
+
+@pytest.mark.parametrize(("samples", "shard"), [(10_000_000, 1000), (5_000_000_000, 100_000)])
+def test_a_slot_far_away_is_immediate_and_small(samples: int, shard: int) -> None:
     tracemalloc.start()
     begin = time.perf_counter()
-    order = Order(Selection(None, samples, "d"), np.arange(0, samples + 1, 1000), 0)
+    order = Order(Selection(None, samples, "d"), np.arange(0, samples + 1, shard), 0)
     rows = order.rows(5_000_000_000 + np.arange(256))
     seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -135,6 +142,30 @@ def test_nothing_selected_and_wrong_sizes_are_refused() -> None:
 @settings(max_examples=30)
 def test_permutations_are_permutations(key: int, length: int) -> None:
     assert sorted(draws.permutation(key, length)) == list(range(length))
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 2000), st.data())
+@settings(max_examples=30)
+def test_permutations_place_by_place_are_permutations_and_their_reverse(key: int, length: int, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, length - 1))
+    for listed in (0, draws.LISTED):
+        with mock.patch.object(draws, "LISTED", listed):
+            permuted = draws.Permutation(key, length)
+        values = permuted(np.arange(length))
+        assert sorted(values) == list(range(length))
+        assert permuted.place_of(int(values[place])) == place
+
+
+def test_long_permutations_are_as_mixed_as_sorted_ones() -> None:
+    length = draws.LISTED + 12_345
+    values = draws.Permutation(draws.key_of(0, "long"), length)(np.arange(length))
+    counts, _ = np.histogram(values[:100_000], bins=20, range=(0, length))
+    assert np.abs(counts - 5000).max() < 400
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.005
+    # Of independent neighbours 200 in a million lie within 100 of each other; digits of a place alone would bring thousands together.
+    assert (np.abs(np.diff(values)) <= 100).sum() < 300
+    other = draws.Permutation(draws.key_of(1, "long"), length)(np.arange(length))
+    assert (values == other).sum() < 10
 
 
 def test_draws_are_uniform_and_unrelated_between_keys() -> None:

@@ -17,7 +17,7 @@ from diptych.config import ConfigError
 from diptych.datasets import embeddings as joins
 from diptych.datasets import reorder, reorder_index
 from diptych.datasets.manifest import open_manifest
-from diptych.datasets.npy import open_npy
+from diptych.datasets.npy import NpyFile, open_npy
 from diptych.datasets.reorder_index import ShardRows, index_width, parse_places
 from diptych.datasets.reorder_report import reorder_embeddings
 from diptych.datasets.shards import ShardWriter
@@ -125,6 +125,29 @@ def test_small_windows_give_the_same_files(tmp_path: Path, monkeypatch: pytest.M
     reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "pieces"), rows, 2, lambda _: nothing)
     for path in (tmp_path / "whole" / "img_emb").iterdir():
         assert path.read_bytes() == (tmp_path / "pieces" / "img_emb" / path.name).read_bytes()
+
+
+def test_rows_of_loader_workers_that_take_turns_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, shards, per_shard, batch = 4, 16, 100, 10
+    keys = [
+        f"{first + worker:05d}{index:02d}"
+        for first in range(0, shards, workers)
+        for start in range(0, per_shard, batch)
+        for worker in range(workers)
+        for index in range(start, start + batch)
+    ]
+    write_partitions(tmp_path / "emb", [keys], ("img_emb", "text_emb"))
+    read: list[int] = []
+    usual = NpyFile.read_into
+    monkeypatch.setattr(NpyFile, "read_into", lambda array, start, rows: (read.append(len(rows)), usual(array, start, rows))[1])
+    rows, nothing = [ShardRows(f"{shard:05d}", per_shard) for shard in range(shards)], np.arange(per_shard)
+    report = reorder_embeddings(str(tmp_path / "emb"), str(tmp_path / "out"), rows, 2, lambda _: nothing, jobs=1)
+    assert report.samples_out == len(keys)
+    assert sum(read) == 2 * len(keys)
+    for shard in range(shards):
+        for modality in ("img_emb", "text_emb"):
+            expected = np.stack([vector(f"{shard:05d}{index:02d}", modality) for index in range(per_shard)])
+            np.testing.assert_array_equal(np.load(tmp_path / "out" / modality / f"{modality}_{shard:05d}.npy"), expected)
 
 
 @pytest.mark.parametrize(
