@@ -25,6 +25,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -35,8 +36,8 @@ from diptych.datasets.stream import Assembler, Block, Plan, StreamSpec
 
 SEGMENT_BLOCKS = 256
 """Blocks that Ray Data plans at once; the next segment starts before this one ends."""
-TURNS_PER_SECOND, TURNS_WITH_OUTPUT = 10, 2
-"""Of Ray Data's loop, at most: as often as it looks for new output when it has to wait for some; and while some lies ready, a turn of 2 ms."""
+TURNS_PER_SECOND, TURNS_AT_REST = 100, 2
+"""Of Ray Data's loop, at most; and while a block lies ready, or after turns that brought nothing. A turn takes 2 ms."""
 READ_NICENESS = 19
 """Of a read task; Ray's workers have 15. What is read ahead can wait for a core that trains; a loop that waits for data leaves its core."""
 _FAULT, _ERROR, _TAIL = "fault", "error", "tail"
@@ -111,22 +112,44 @@ class SlotsDatasource(Datasource):
 
 
 class Paced(ExecutionCallback):
-    """Lets Ray Data's loop turn `TURNS_PER_SECOND` times at most, and `TURNS_WITH_OUTPUT` times while a block waits to be trained on.
+    """Lets Ray Data's loop turn when there is something to do, and not much oftener.
 
-    The loop waits for tasks whose output is not there yet, 0.1 s at most. Once reading is as far ahead as it may be, all
-    output is there, and it would turn without a pause, in a thread beside the training loop: half of a core, and the interpreter's lock.
+    By itself it waits until all running tasks have output, 0.1 s at most. Where the training loop waits for blocks, a reader that has ended
+    its own waits for the next as long; where reading is as far ahead as it may be, all output is there, and the loop turns without
+    a pause, in a thread beside the training loop: half of a core, and the interpreter's lock. So it is told not to wait, and waits here.
     """
 
     def __init__(self) -> None:
         self._last = -math.inf
+        self._done: list[tuple[int, int]] = []
+        self._pause = 0.0
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.001
 
     def on_execution_step(self, executor: Any) -> None:
-        """Sleep for the rest of this turn, which ends early when the last block is taken: reading at full speed must not wait."""
-        part = 1 / TURNS_PER_SECOND
-        time.sleep(max(0.0, self._last + part - time.monotonic()))
-        while not executor._consumer_idling() and time.monotonic() < self._last + 1 / TURNS_WITH_OUTPUT:
-            time.sleep(part)
+        """Sleep until a reader has something new and no block lies ready, or the longest pause is over."""
+        pause = 0.001
+        while not executor._consumer_idling() and time.monotonic() < self._last + 1 / TURNS_AT_REST:
+            time.sleep(pause)  # longer and longer: at full speed the block is taken at once, in training after seconds
+            pause = min(2 * pause, 0.1)
+        time.sleep(max(0.0, self._last + 1 / TURNS_PER_SECOND - time.monotonic()))
+        if executor._consumer_idling():
+            self._await_readers(executor)
         self._last = time.monotonic()
+
+    def _await_readers(self, executor: Any) -> None:
+        # What lies there after a turn that brought nothing may not be taken yet, and would end every wait at once.
+        done = [(operator.metrics.num_task_outputs_generated, operator.metrics.num_tasks_finished) for operator in executor._topology]
+        brought, self._done = done != self._done, done
+        # Facts of a block are fetched by a thread that nobody can wait for, so the first pauses are short.
+        self._pause = 2 / TURNS_PER_SECOND if brought else min(2 * self._pause, 1 / TURNS_AT_REST)
+        tasks = [task.get_waitable() for operator in executor._topology for task in operator.get_active_tasks()]
+        there, running = ray.wait(tasks, num_returns=len(tasks), timeout=0, fetch_local=False) if tasks else ([], [])
+        if there and brought:
+            return
+        if running:
+            ray.wait(running, num_returns=1, timeout=self._pause, fetch_local=False)
+        else:
+            time.sleep(self._pause)
 
 
 class _Segment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
+from ray.data._internal.execution import streaming_executor_state
 
 from diptych.batches import ImageNeed, Needs, StepBatch
 from diptych.config import DataConfig
@@ -151,7 +154,21 @@ def test_what_is_read_ahead_leaves_the_training_loop_alone(ray_session: Any, spe
         begin = time.monotonic()
         time.sleep(3)
         seconds = time.monotonic() - begin
-    assert 0 < len([when for when in turned if begin <= when <= begin + seconds]) <= seconds * ray_stream.TURNS_WITH_OUTPUT + 2
+    assert 0 < len([when for when in turned if begin <= when <= begin + seconds]) <= seconds * ray_stream.TURNS_AT_REST + 2
+
+
+def test_reading_at_full_speed_does_not_wait_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop slept a tenth of a second with every block: two cores were busy for 1.1 of 2 s."""
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S <= 0.1, "this Ray waits elsewhere"
+    slept: list[float] = []
+    monkeypatch.setattr(ray_stream.time, "sleep", slept.append)
+    executor = mock.Mock(_topology=[])
+    executor._consumer_idling.side_effect = itertools.chain([False, False], itertools.repeat(True))  # it takes the block after two looks
+    paced = ray_stream.Paced()
+    paced._last = time.monotonic()
+    paced.on_execution_step(executor)
+    assert 0 < sum(slept) <= 0.04
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S < 0.01
 
 
 def test_read_tasks_give_way_to_training(ray_session: Any, spec: StreamSpec) -> None:
