@@ -24,6 +24,7 @@ ARGS_clip_vit = runs/bench-clip_vit
 ARGS_coca = runs/bench-coca
 ARGS_dedup = --rows 10000 31600 100000 --repeat 3
 ARGS_embed = ../shared/data/pomological --repeat 2 --count 256 --times 1 2 4
+ARGS_gpu = runs/bench-gpu --compile
 ARGS_ingest = --images 3000 --repeat 2 --size 512 1024 --shards ../shared/data/pomological/shards $(addprefix --peers ,$(PEERS))
 ARGS_kills = runs/bench-kills
 ARGS_memory = runs/bench-memory --minutes $(MINUTES)

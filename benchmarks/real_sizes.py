@@ -120,7 +120,8 @@ def coca(out: Path) -> dict[str, Any]:
     return {"CoCa ViT-L-14, image tower frozen": step(config, 2)}
 
 
-def sd(out: Path) -> dict[str, Any]:
+def sd_folder(out: Path) -> Path:
+    """Stable Diffusion 1.5 with fresh weights in its published layout; made once."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -145,7 +146,11 @@ def sd(out: Path) -> dict[str, Any]:
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)
-    overrides = [f"task.pretrained={folder}", "task.image_size=256", "train.precision=auto"]
+    return folder
+
+
+def sd(out: Path) -> dict[str, Any]:
+    overrides = [f"task.pretrained={sd_folder(out)}", "task.image_size=256", "train.precision=auto"]
     config = apply_overrides(load_recipe("stable_diffusion", "lora_reports"), overrides)
     return {"Stable Diffusion 1.5, LoRA of rank 4 at 256 pixels": step(config, 1)}
 
