@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support_benchmarks import benchmark_module
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmarks/gpu.py by its path; what stands beside it is imported only here."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", FOLDER / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_gpu", module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
+for name in ("_fresh", "_memory", "_results"):
+    benchmark_module(name)
+gpu = benchmark_module("gpu")
 
 
 @pytest.mark.parametrize("task", ["clip_vit", "coca", "dalle2_decoder", "dalle2_prior", "gpt2", "stable_diffusion"])
-def test_both_sides_take_steps(gpu: Any, tmp_path: Path, task: str) -> None:
+def test_both_sides_take_steps(tmp_path: Path, task: str) -> None:
     assert task in gpu.CASES
     options = argparse.Namespace(out=tmp_path, device="cpu", batch=2, steps=1, compile=False, small=True)
     assert gpu.flops(task, options)["flops"] > 1e5

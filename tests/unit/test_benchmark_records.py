@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -12,28 +11,18 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+from support_benchmarks import benchmark_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _module(name: str) -> ModuleType:
-    """A file of benchmarks/ by its path: that folder has names (`text`, `kernels`) that must not stand on the path of other tests."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-_results = _module("_results")
-page = _module("page")
-_alternate = _module("_alternate")
+_results = benchmark_module("_results")
+page = benchmark_module("page")
+_alternate = benchmark_module("_alternate")
 Row, Size, Results = _results.Row, _results.Size, _results.Results
 
 
