@@ -165,21 +165,20 @@ def write_shards(source: Source, index: PlaceIndex, out: str, may_reuse: bool = 
         buffers.put(_Buffers(source))
 
     def several(items: Sequence[tuple[ShardRows, np.ndarray]]) -> list[ShardResult]:
-        takens = [sources != NOWHERE for _, sources in items]
-        results = [
-            ShardResult(shard.name, shard.rows, int(np.count_nonzero(taken)), np.flatnonzero(~taken))
-            for (shard, _), taken in zip(items, takens, strict=True)
-        ]
-        paths = [{kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes} for shard, _ in items]
-        for result, path in zip(results, paths, strict=True):
-            result.reused = may_reuse and result.filled > 0 and all(_is_whole(url, result.rows) for url in path.values())
+        results, filled = [], []
+        for shard, sources in items:
+            taken = sources != NOWHERE
+            result = ShardResult(shard.name, shard.rows, int(np.count_nonzero(taken)), np.flatnonzero(~taken))
+            results.append(result)
+            if result.filled:
+                paths = {kind: storage.join(out, kind, f"{kind}_{shard.number:0{digits}d}.npy") for kind in source.shapes}
+                result.reused = may_reuse and all(_is_whole(path, shard.rows) for path in paths.values())
+                filled.append((sources, taken, paths, result))
         own = buffers.get()
-        for kind in source.shapes:
+        for kind in source.shapes:  # outermost, so that what was read of one modality is still there for the next shard
             arrays = [part.embeddings[kind] for part in source.partitions]
-            for (_, sources), taken, result, path in zip(items, takens, results, paths, strict=True):
-                if result.filled == 0:
-                    continue
-                bad = _scan_zeros(path[kind], taken) if result.reused else _write_shard(arrays, sources, own, path[kind])
+            for sources, taken, paths, result in filled:
+                bad = _scan_zeros(paths[kind], taken) if result.reused else _write_shard(arrays, sources, own, paths[kind])
                 if len(bad):
                     result.bad[kind] = bad
         buffers.put(own)
