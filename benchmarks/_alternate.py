@@ -17,12 +17,23 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import psutil
 
 Ends = list[tuple[int, float]]
 """(steps done, when by `time.time()`), in order."""
+
+
+class Turn(NamedTuple):
+    """What a program did in one of its turns."""
+
+    rate: float
+    """Steps per second."""
+    busy: list[float]
+    """Processors that each of its processes kept busy on average, the busiest first."""
+
+
 MARK = "DIPTYCH_BENCHMARK_PROGRAM"
 WARM, START_SECONDS, STOP_SECONDS = 3, 300.0, 120.0
 """Entries of `Ends` after which a program is warm, and how long it may take to start and to end."""
@@ -94,6 +105,14 @@ class _Running:
         if self._popen.poll() is not None:
             raise SystemExit(f"{' '.join(self.program.command)} has ended:\n{self.program.log.read_text()[-4000:]}")
 
+    def processor_seconds(self) -> dict[int, float]:
+        """What each of its processes has used so far, by process id."""
+        found: dict[int, float] = {}
+        for one in self._family():
+            with suppress(psutil.Error):
+                found[one.pid] = sum(one.cpu_times()[:2])
+        return found
+
     def signal(self, number: signal.Signals) -> None:
         """To all its processes, those included that begin meanwhile."""
         told: set[psutil.Process] = set()
@@ -129,8 +148,8 @@ class _Running:
             return False
 
 
-def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Steps per second of each program in each of `turns`, in which it runs for `seconds`."""
+def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> dict[str, list[Turn]]:
+    """Each program's `turns`, in each of which it runs for `seconds`."""
     with ExitStack() as stack:
         # Asked to end, this process ends its programs first: stopped ones would stay for ever.
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end_once))
@@ -139,17 +158,22 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
             running[name] = _Running(program)
             stack.callback(running[name].end)
             running[name].warm_up()
-        slices: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        slices: dict[str, list[tuple[float, float, list[float]]]] = {name: [] for name in programs}
         for turn in range(turns):
             # Every other turn backwards: what drifts steadily counts for nobody.
             for name in list(programs)[:: -1 if turn % 2 else 1]:
+                used = running[name].processor_seconds()
                 running[name].signal(signal.SIGCONT)
                 begin = time.time()
                 time.sleep(seconds)
-                slices[name].append((begin, time.time()))
+                end = time.time()
                 running[name].check()
                 running[name].signal(signal.SIGSTOP)
-    return {name: [_rate(program.ends(), *one) for one in slices[name]] for name, program in programs.items()}
+                busy = [(now - used.get(pid, 0.0)) / (end - begin) for pid, now in running[name].processor_seconds().items()]
+                slices[name].append((begin, end, sorted(busy, reverse=True)))
+    return {
+        name: [Turn(_rate(program.ends(), begin, end), busy) for begin, end, busy in slices[name]] for name, program in programs.items()
+    }
 
 
 def _end_once(*_: object) -> NoReturn:

@@ -6,7 +6,8 @@ For each task a small model learns generated scenes: `diptych train` as a comman
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
 With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
 for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
-turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. `--parts` tells where the rest goes: our loop in the bare loop's place, without
+turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: the processor time of a step of the
+training processes, and what all others (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's place, without
 Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without
 Ray, that is neither forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
 """
@@ -301,8 +302,9 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
         }
         if options.parts:
             programs |= {source: part(task, options.out, workers, source) for source in SOURCES}
-        steps = alternate(programs, options.repeat, options.seconds)
-        rates = {side: [rate * size for rate in found] for side, found in steps.items()}
+        found = alternate(programs, options.repeat, options.seconds)
+        rates = {side: [turn.rate * size for turn in turns] for side, turns in found.items()}
+        costs = {side: [1000 * sum(turn.busy[:workers]) / turn.rate for turn in turns] for side, turns in found.items()}
         for how, readers in HOW[workers].items():
             what = f"{task}/{RECIPES[task]} as a command, batch {size}, fp32, {how}"
             goal = GOAL if readers == min(HOW[workers].values()) else None
@@ -312,10 +314,17 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
                 f"{what}: {row.median['ours'] / row.median['peer']:.3f} of {row.peer}{f' (goal: at least {goal})' if goal else ''}",
                 flush=True,
             )
+            # The processes that train are the busiest.
+            others = [sum(turn.busy[workers:]) for turn in found[how]]
+            cost = results.add(
+                Row(f"{what}: processor time of a step, training processes", "ms", costs[how], PEER[workers], costs["bare"], less=True)
+            )
+            rest = results.add(Row(f"{what}: processors kept busy by other processes", "cores", others))
+            print(f"{what}: {cost.median} ms of processors a step; {rest.median['ours']:.3f} processors elsewhere", flush=True)
         for source in SOURCES if options.parts else []:
             what = f"{task}/{RECIPES[task]}, batch {size}, fp32: our loop in the place of {PEER[workers]}, {SOURCES[source]}"
-            found = results.add(Row(what, "samples/s", rates[source], PEER[workers], rates["bare"])).median
-            print(f"{what}: {found['ours'] / found['peer']:.3f}", flush=True)
+            row = results.add(Row(what, "samples/s", rates[source], PEER[workers], rates["bare"]))
+            print(f"{what}: {row.median['ours'] / row.median['peer']:.3f}", flush=True)
         if workers == 1:
             words = [str(options.out), "--own", task]
             shares = [float(fresh(__file__, words)["share"]) for _ in range(OWN_TURNS)]

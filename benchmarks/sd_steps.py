@@ -192,7 +192,8 @@ def own_share(train: str, kind: str, out: Path) -> float:
 def compare(train: str, options: argparse.Namespace, results: Results) -> None:
     """The three in turns, with `task.train=train`."""
     programs = {kind: program(train, kind, options.out) for kind in ("script", "online", "cached")}
-    rates = alternate(programs, options.repeat, options.seconds)
+    found = alternate(programs, options.repeat, options.seconds)
+    rates = {kind: [turn.rate for turn in turns] for kind, turns in found.items()}
     name = {"unet": "Stable Diffusion", "lora": "Stable Diffusion's adapters"}[train]
     for kind, goal in (("online", 1.0), ("cached", 1.3)):
         what = f"{name}, a small U-Net at SD 1.5's ratio of costs, {kind}"

@@ -322,7 +322,7 @@ def main() -> None:
             continue
         batch = load_recipe(task, recipe).train.global_batch_size
         found = alternate(programs(task, options), options.repeat, options.seconds)
-        rates = {side: [rate * batch for rate in steps] for side, steps in found.items()}
+        rates = {side: [turn.rate * batch for turn in turns] for side, turns in found.items()}
         what = f"{task}/{recipe} trains, batch {batch}, fp32, {options.threads} thread{'s' if options.threads > 1 else ''}"
         row = results.add(Row(what, "samples/s", rates["ours"], peer, rates["peer"], at_least=1.0, headline=True))
         print(f"{what}: {row.median['ours'] / row.median['peer']:.2f} × {peer}", flush=True)

@@ -155,7 +155,7 @@ import subprocess, sys, time
 sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
 from _alternate import StepLog
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+child = subprocess.Popen([sys.executable, "-c", "while True: pass" if {busy!r} else "import time; time.sleep(1000)"])
 Path({folder!r}, {name!r} + ".child").write_text(str(child.pid))
 log = StepLog(Path({folder!r}, {name!r} + ".steps"))
 for step in range({most}):
@@ -164,9 +164,9 @@ for step in range({most}):
 """
 
 
-def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000) -> Any:
-    """A program with a child that does a step every `seconds`, and `most` of them."""
-    code = STEPPING.format(benchmarks=str(ROOT / "benchmarks"), folder=str(folder), name=name, seconds=seconds, most=most)
+def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False) -> Any:
+    """A program with a child, at rest or `busy`, that does a step every `seconds`, and `most` of them."""
+    code = STEPPING.format(benchmarks=str(ROOT / "benchmarks"), folder=str(folder), name=name, seconds=seconds, most=most, busy=busy)
     return _alternate.Program([sys.executable, "-c", code], lambda: _alternate.read_steps(folder / f"{name}.steps"), folder / f"{name}.log")
 
 
@@ -176,13 +176,24 @@ def _is_running(pid: str) -> bool:
 
 def test_programs_that_take_turns_never_run_together(tmp_path: Path) -> None:
     programs = {"fast": _stepping(tmp_path, "fast", 0.01), "slow": _stepping(tmp_path, "slow", 0.05)}
-    rates = _alternate.alternate(programs, turns=3, seconds=0.5)
+    turns = _alternate.alternate(programs, turns=3, seconds=0.5)
+    rates = {name: [turn.rate for turn in found] for name, found in turns.items()}
     assert {name: len(found) for name, found in rates.items()} == {"fast": 3, "slow": 3}
     assert statistics.median(rates["slow"]) < min(20.001, statistics.median(rates["fast"]))
     # Both warm up, fast and slow; then fast, slow, slow, fast, fast, slow; and fast may do a step when it is let go to be ended.
     ends = sorted((when, name) for name, program in programs.items() for _, when in program.ends())
     assert sum(before[1] != after[1] for before, after in itertools.pairwise(ends)) in (5, 6)
     assert not [path for path in tmp_path.glob("*.child") if _is_running(path.read_text())]
+
+
+def test_what_each_process_kept_busy_in_a_turn_is_told(tmp_path: Path) -> None:
+    programs = {"rests": _stepping(tmp_path, "rests", 0.01), "works": _stepping(tmp_path, "works", 0.01, busy=True)}
+    turns = _alternate.alternate(programs, turns=2, seconds=1.0)
+    for name, busiest in (("rests", (0.0, 0.2)), ("works", (0.2, 1.1))):
+        for turn in turns[name]:
+            assert len(turn.busy) == 2
+            assert turn.busy[0] >= turn.busy[1]
+            assert busiest[0] <= turn.busy[0] <= busiest[1], (name, turn)
 
 
 def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
