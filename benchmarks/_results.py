@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from _memory import Peaks
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -168,6 +170,7 @@ class Results:
         self.script, self.folder, self.rows = Path(file).stem, folder, list[Row]()
         self.run = {"command": command(), "date": _today(), "commit": commit(), "machine": machine(), "load": round(os.getloadavg()[0], 1)}
         self._began = time.monotonic()
+        self.peaks = Peaks()
 
     def add(self, row: Row) -> Row:
         """Add one row."""
@@ -189,6 +192,10 @@ class Results:
         for row in self.rows:
             cells = [figure(row, "ours"), f"{row.peer}: {figure(row, 'peer')}" if row.peer else "", *verdict(row)]
             note(f"  {row.what}: {'; '.join(filter(None, cells))}")
+        self.peaks.look()
+        if self.folder:
+            self._record(self.folder)
+        note(f"  peak memory: {peaks(self.peaks.megabytes)}")
         found = growths(self.rows)
         for growth in found:
             note(f"  {growth.family}: seconds grow as {growth.name} to the power of {exponents(growth)}")
@@ -206,7 +213,7 @@ class Results:
                 run["rows"] = [row for row in run["rows"] if row["what"] not in names]
             kept += [run] if run["rows"] else []
         minutes = round((time.monotonic() - self._began) / 60, 1)
-        runs = [*kept, self.run | {"minutes": minutes, "rows": [_plain(row) for row in self.rows]}]
+        runs = [*kept, self.run | {"minutes": minutes, "peaks": self.peaks.megabytes, "rows": [_plain(row) for row in self.rows]}]
         # Written beside and renamed: an interrupted call leaves the old file whole.
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps({"script": self.script, "runs": runs}, indent=1, ensure_ascii=False) + "\n")
@@ -273,6 +280,11 @@ def exponents(growth: Growth) -> str:
     parts = [f"{value:.2f} ({name})" for name in growth.lines if (value := growth.exponent(name)) is not None]
     goal = "" if growth.met is None else f"; goal: at most {shown(growth.at_most or 0)}, {'met' if growth.met else 'missed'}"
     return ", ".join(parts) + goal
+
+
+def peaks(megabytes: dict[str, float]) -> str:
+    """Each kind of process with the most that one of it had, the largest first."""
+    return ", ".join(f"{kind} {shown(value)} MB" for kind, value in sorted(megabytes.items(), key=lambda one: -one[1]))
 
 
 def shown(value: float) -> str:

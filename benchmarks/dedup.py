@@ -11,6 +11,8 @@
 * flat: faiss IndexFlatIP, 10 neighbours of 20,000 sampled rows (`--sampled`); its time for all rows is extrapolated from that.
 * seed: faiss IndexIVFFlat with 5 lists, 20 neighbours, one probe, as the seed has it, for the same sampled rows, likewise extrapolated; it
   drops every member of a near pair, so its loss is counted: samples dropped beyond those that had to go.
+
+With faiss's build for GPUs, and one there, all three use it: ours for k-means and the cells, the peers for all of their search.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ def searched(path: Path, planted: np.ndarray, side: str, sampled: int) -> dict[s
     """A faiss index over all rows, asked for the neighbours of sampled rows; half of the sample are planted duplicates."""
     import faiss
 
+    from diptych.datasets.dedup import on_gpus
+
     vectors = np.load(path)
     rows, dim = vectors.shape
     random = np.random.default_rng(1)
@@ -90,10 +94,10 @@ def searched(path: Path, planted: np.ndarray, side: str, sampled: int) -> dict[s
     queries = np.concatenate([ends[:, 1], others])
     start, busy = time.perf_counter(), time.process_time()
     if side == "flat":
-        index, neighbours = faiss.IndexFlatIP(dim), 10
+        index, neighbours = on_gpus(faiss.IndexFlatIP(dim)), 10
     else:
         quantizer, neighbours = faiss.IndexFlatIP(dim), 20
-        index = faiss.IndexIVFFlat(quantizer, dim, 5, faiss.METRIC_INNER_PRODUCT)
+        index = on_gpus(faiss.IndexIVFFlat(quantizer, dim, 5, faiss.METRIC_INNER_PRODUCT))
         index.train(vectors)
     index.add(vectors)
     built, busy_built = time.perf_counter() - start, time.process_time() - busy
@@ -109,10 +113,13 @@ def searched(path: Path, planted: np.ndarray, side: str, sampled: int) -> dict[s
 
 def record(results: Results, runs: dict[str, list[dict[str, Any]]], rows: int, dim: int) -> None:
     """Ours alone and beside each peer that was measured."""
-    case, ours = f"dedup, {rows:,} rows × {dim}", runs.get("ours")
+    from diptych.datasets.dedup import gpus
+
+    where = ", on a GPU" if gpus() else ""
+    case, ours = f"dedup, {rows:,} rows × {dim}{where}", runs.get("ours")
     if not ours:
         return
-    seconds, size = [run["seconds"] for run in ours], Size(f"dedup, {dim} columns", "rows", rows)
+    seconds, size = [run["seconds"] for run in ours], Size(f"dedup, {dim} columns{where}", "rows", rows)
     for side, name in (("flat", "faiss, every row against every row"), ("seed", "the seed's faiss index of 5 lists")):
         if side in runs:
             theirs = [run["seconds_all"] for run in runs[side]]

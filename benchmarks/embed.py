@@ -8,8 +8,12 @@ Two comparisons, sides in turn, medians of `--repeat`:
   open_clip model (FOLDER/tiny_clip), tars (FOLDER/shards), batch size and cores. clip-retrieval runs in fp32 with two loader workers, the most that
   helped; `embed` as it ships. What both wrote is compared by key. The tars are embedded `--times` over, under keys of their own,
   because starting up takes longer than these 7,501 pictures.
-* forward: one actor's work on ViT-B/32 with random weights (reading, decoding, resizing, forward) against the same model on ready pixels,
+* forward: one actor's work on a ViT with random weights (reading, decoding, resizing, forward) against the same model on ready pixels,
   in the same process, precision and threads.
+
+On a GPU, where the peer takes the card by itself, both comparisons are of the ViT, with one loader worker of the peer's per thread:
+
+    .venv/bin/python benchmarks/embed.py ../shared/data/pomological --gpus 1 --vit ViT-L-14 --threads 16
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +41,41 @@ main(**call)
 """
 
 
-def embed_ours(source: Path, out: Path, batch: int) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What both sides embed with."""
+
+    model: Path
+    """Folder with weights and their configuration, as open_clip publishes them."""
+    name: str
+    batch: int
+    threads: int
+    gpus: float
+
+    @property
+    def where(self) -> str:
+        """For the names of rows."""
+        return ", one GPU" if self.gpus else ""
+
+
+def embed_ours(source: Path, out: Path, setting: Setting) -> None:
     """`diptych embed` from the command line."""
-    command = [sys.executable, "-m", "diptych.pipelines.embed", str(source / "shards"), str(out), "--model", str(source / "tiny_clip")]
-    subprocess.run([*command, "--batch-size", str(batch)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "diptych.pipelines.embed", str(source / "shards"), str(out), "--model", str(setting.model)]
+    command += ["--batch-size", str(setting.batch)]
+    if setting.gpus:
+        command += ["--gpus-per-actor", str(setting.gpus), "--cpus-per-actor", str(setting.threads)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
-def embed_peer(source: Path, out: Path, batch: int) -> None:
+def embed_peer(source: Path, out: Path, setting: Setting) -> None:
     """clip-retrieval's own `main`, on the same tars."""
     out.mkdir(parents=True)
-    weights = next((source / "tiny_clip").glob("*.safetensors"))
+    weights = next(setting.model.glob("*.safetensors"))
     tars = sorted((source / "shards").glob("*.tar"))
     call = {
         "config_file": str(weights.with_suffix(".json")), "clip_model": f"open_clip:{weights.stem}/{weights}", "input_format": "webdataset",
-        "input_dataset": f"{source / 'shards'}/{{{tars[0].stem}..{tars[-1].stem}}}.tar", "output_folder": str(out), "batch_size": batch,
-        "num_prepro_workers": 2, "enable_metadata": False, "wds_number_file_per_input_file": 1000,
+        "input_dataset": f"{source / 'shards'}/{{{tars[0].stem}..{tars[-1].stem}}}.tar", "output_folder": str(out), "batch_size": setting.batch,
+        "num_prepro_workers": setting.threads, "enable_metadata": False, "wds_number_file_per_input_file": 1000,
     }  # fmt: skip
     (out / "call.json").write_text(json.dumps(call))
     subprocess.run([sys.executable, "-c", _PEER, str(out / "call.json")], check=True, capture_output=True)
@@ -60,7 +85,6 @@ def repeated(source: Path, folder: Path, times: int) -> Path:
     """A folder like `source` whose tars stand there `times` times, under shard numbers and keys of their own."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "shards").mkdir(parents=True)
-    (folder / "tiny_clip").symlink_to(source / "tiny_clip")
     tars = sorted((source / "shards").glob("*.tar"))
     for number in range(times * len(tars)):
         with tarfile.open(tars[number % len(tars)]) as read, tarfile.open(folder / "shards" / f"{number:05d}.tar", "w") as written:
@@ -70,7 +94,7 @@ def repeated(source: Path, folder: Path, times: int) -> Path:
     return folder
 
 
-def compare(source: Path, work: Path, batch: int, repeat: int) -> dict[str, Any]:
+def compare(source: Path, work: Path, setting: Setting, repeat: int) -> dict[str, Any]:
     """Seconds of each side, their ratio, and how far their embeddings are apart."""
     from diptych.datasets.embeddings import join
     from diptych.datasets.manifest import open_manifest
@@ -82,7 +106,7 @@ def compare(source: Path, work: Path, batch: int, repeat: int) -> dict[str, Any]
             out = work / side
             shutil.rmtree(out, ignore_errors=True)
             started = time.perf_counter()
-            run(source, out, batch)
+            run(source, out, setting)
             seconds[side].append(time.perf_counter() - started)
             print(f"{side:>5} turn {turn}: {seconds[side][-1]:.1f} s, {manifest.samples / seconds[side][-1]:.1f} images/s", flush=True)
     ours, peer = (join(manifest, str(work / side)) for side in ("ours", "peer"))
@@ -95,27 +119,35 @@ def compare(source: Path, work: Path, batch: int, repeat: int) -> dict[str, Any]
     }  # fmt: skip
 
 
-def save_vit(folder: Path) -> str:
-    """ViT-B/32 with random weights, as a folder that `embed` takes."""
+def save_vit(folder: Path, name: str) -> Path:
+    """A ViT of open_clip's with random weights, as a folder that `embed` takes."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "fresh-b32.safetensors")
-    (folder / "fresh-b32.json").write_text(json.dumps(open_clip.get_model_config("ViT-B-32")))
-    return str(folder)
+    stem = f"fresh-{name}"
+    if not (folder / f"{stem}.json").exists():
+        torch.manual_seed(0)
+        model = open_clip.create_model(name)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / f"{stem}.safetensors")
+        (folder / f"{stem}.json").write_text(json.dumps(open_clip.get_model_config(name)))
+    return folder
 
 
-def forward(source: Path, work: Path, batch: int, count: int, threads: int, repeat: int) -> dict[str, Any]:
+def forward(source: Path, work: Path, setting: Setting, count: int, repeat: int) -> dict[str, Any]:
     """Images per second of an actor on `count` pictures and of the bare model on as many ready ones."""
     from diptych.pipelines import embed
     from diptych.pipelines.embed_worker import EmbedWork, EmbedWorker
 
+    batch = setting.batch
     options = embed.EmbedOptions(
-        model=save_vit(work / "vit"), modality="image", batch_size=batch, cpus_per_actor=threads, manifest=str(work / "manifest")
+        model=str(setting.model),
+        modality="image",
+        batch_size=batch,
+        cpus_per_actor=setting.threads,
+        gpus_per_actor=setting.gpus,
+        manifest=str(work / "manifest"),
     )
     worker = EmbedWorker(embed.prepare(str(source / "shards"), str(work / "vit-out"), options))
     assert isinstance(worker.work, EmbedWork)
@@ -141,24 +173,24 @@ def forward(source: Path, work: Path, batch: int, count: int, threads: int, repe
         "images_per_second": rates,
         "ratio": rates["ours"] / rates["bare"],
         "precision": precision,
-        "threads": threads,
+        "threads": setting.threads,
         "batch": batch,
     }
 
 
-def record(recorded: Results, results: dict[str, Any]) -> None:
-    """Both comparisons."""
-    for found in results.get("peer", []):
-        rates = {side: [found["samples"] / value for value in values] for side, values in found["seconds_of_turns"].items()}
-        name = f"embed, {found['samples']:,} pictures and captions, tiny CLIP, start to end"
-        size = Size("embed, tiny CLIP", "samples", found["samples"], 1.1)
-        recorded.add(Row(name, "images/s", rates["ours"], "clip-retrieval 2.45", rates["peer"], at_least=2.0, headline=True, size=size))
-    if lowest := [min(found["lowest_cosine"].values()) for found in results.get("peer", [])]:
-        recorded.add(Row("embed: lowest cosine between its embeddings and clip-retrieval's", "", lowest, at_least=0.99))
-    if found := results.get("forward"):
-        rates = {side: [found["count"] / value for value in values] for side, values in found["seconds_of_turns"].items()}
-        name = f"embed, ViT-B/32 on {found['count']:,} pictures, {found['precision']}, {found['threads']} threads, decoding included"
-        recorded.add(Row(name, "images/s", rates["ours"], "the forward pass on ready pixels", rates["bare"], at_least=0.85, headline=True))
+def record(recorded: Results, found: dict[str, Any], setting: Setting) -> None:
+    """One comparison with the peer."""
+    rates = {side: [found["samples"] / value for value in values] for side, values in found["seconds_of_turns"].items()}
+    name = f"embed, {found['samples']:,} pictures and captions, {setting.name}{setting.where}, start to end"
+    size = Size(f"embed, {setting.name}{setting.where}", "samples", found["samples"], 1.1)
+    recorded.add(Row(name, "images/s", rates["ours"], "clip-retrieval 2.45", rates["peer"], at_least=2.0, headline=True, size=size))
+
+
+def record_forward(recorded: Results, found: dict[str, Any], setting: Setting) -> None:
+    """The comparison with the bare model."""
+    rates = {side: [found["count"] / value for value in values] for side, values in found["seconds_of_turns"].items()}
+    name = f"embed, {setting.name} on {found['count']:,} pictures, {found['precision']}, {found['threads']} threads{setting.where}, decoding included"
+    recorded.add(Row(name, "images/s", rates["ours"], "the forward pass on ready pixels", rates["bare"], at_least=0.85, headline=True))
 
 
 def main() -> None:
@@ -169,25 +201,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--times", type=int, nargs="+", default=[2, 4, 8], help="how often the tars are embedded, against clip-retrieval")
     parser.add_argument("--count", type=int, default=1024, help="pictures of the forward comparison")
+    parser.add_argument("--vit", default="ViT-B-32", help="open_clip's name of the model of the forward comparison, and on a GPU of both")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpus", type=float, default=0, help="of our one actor; 0 = a CPU")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-embed"))
     add_option(parser)
     arguments = parser.parse_args()
     recorded = Results(__file__, arguments.results)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    source = arguments.source.resolve()
+
+    def setting(model: Path, name: str, batch: int) -> Setting:
+        return Setting(model, name, batch, arguments.threads, arguments.gpus)
+
+    def vit(batch: int) -> Setting:
+        return setting(save_vit(work / arguments.vit, arguments.vit), "/".join(arguments.vit.rsplit("-", 1)), batch)
+
     results: dict[str, Any] = {}
     if "peer" in arguments.only:
+        chosen = vit(arguments.batch) if arguments.gpus else setting(source / "tiny_clip", "tiny CLIP", arguments.batch)
         results["peer"] = []
         for times in arguments.times:
-            source = repeated(arguments.source.resolve(), arguments.work.resolve() / "source", times)
-            results["peer"].append(compare(source, arguments.work.resolve(), arguments.batch, arguments.repeat))
+            results["peer"].append(compare(repeated(source, work / "source", times), work, chosen, arguments.repeat))
+            record(recorded, results["peer"][-1], chosen)
             print(f"{times} ×: ours / peer: {results['peer'][-1]['ratio']:.2f}", flush=True)
+        lowest = [min(found["lowest_cosine"].values()) for found in results["peer"]]
+        recorded.add(Row("embed: lowest cosine between its embeddings and clip-retrieval's", "", lowest, at_least=0.99))
     if "forward" in arguments.only:
-        batch = min(arguments.batch, 64)
-        results["forward"] = forward(arguments.source, arguments.work, batch, arguments.count, arguments.threads, arguments.repeat)
+        chosen = vit(arguments.batch if arguments.gpus else min(arguments.batch, 64))
+        results["forward"] = forward(source, work, chosen, arguments.count, arguments.repeat)
+        record_forward(recorded, results["forward"], chosen)
         print(f"ours / bare forward: {results['forward']['ratio']:.2f}", flush=True)
-    record(recorded, results)
     print(json.dumps({"benchmark": "embed", **results}))
     sys.exit(0 if recorded.finish() else 1)
 

@@ -1,11 +1,13 @@
-"""Does memory grow over a long run? Private memory of every process of one `diptych train`, sampled to its end.
+"""How much memory does every process of the demo take, and does memory grow over a long run?
 
     .venv/bin/python benchmarks/memory.py OUT --minutes 60
 
-A small CoCa learns generated scenes with two workers through Ray Data, with logging, tracking, validation and checkpoints, for `--minutes`, and is then asked
-to stop. Every ten seconds the private memory (USS, what the process alone would give back) of the driver, Ray's controller, workers, read workers and
-services is noted, by role. The first quarter is left to warm up; a straight line through the rest says by how much a role grew over
-the run. Exit status 1 if the driver, the controller or the workers grew by more than 2 %.
+The demo runs whole, and what the largest process of each kind had at its peak is noted, as for every benchmark (`_memory.Peaks`).
+
+Then a small CoCa learns generated scenes with two workers through Ray Data, with logging, tracking, validation and checkpoints, for `--minutes`,
+and is asked to stop. Every ten seconds the private memory (USS, what the process alone would give back) of the driver, Ray's controller,
+workers, read workers and services is noted, by role. The first quarter is left to warm up; a straight line through the rest says by how
+much a role grew over the run. Exit status 1 if the driver, the controller or the workers grew by more than 2 %.
 """
 
 from __future__ import annotations
@@ -64,14 +66,20 @@ def growth(values: list[float]) -> float:
     return 100 * slope * (len(values) - 1) / start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    add_option(parser)
-    options = parser.parse_intermixed_args()
-    out = options.out.resolve()
+def of_demo(out: Path, environment: dict[str, str], results: Results) -> None:
+    """The demo, from nothing."""
+    folder = out / f"demo-{time.time_ns()}"
+    with (out / "demo.log").open("w") as log:
+        command = [sys.executable, "-m", "diptych.pipelines.demo", "--out", str(folder)]
+        status = subprocess.run(command, cwd=out, env=environment, stdout=log, stderr=log, check=False).returncode
+    if status:
+        raise SystemExit(f"the demo ended with {status}: {(out / 'demo.log').read_text()[-2000:]}")
+    for kind, megabytes in sorted(results.peaks.megabytes.items()):
+        results.add(Row(f"the demo: peak memory of the largest process, {kind}", "MB", [megabytes]))
+
+
+def of_long_run(out: Path, options: argparse.Namespace, environment: dict[str, str], results: Results) -> None:
+    """Growth by role."""
     write_scenes(out / "shards", 4000, 64)
     name = f"memory-{time.time_ns()}"
     command = [
@@ -85,8 +93,6 @@ def main() -> None:
         f"name={name}",
     ]
     command += ["workers=2", "train.steps=100000000", "train.log_every=50", "validation.every_steps=2000", "checkpoint.every_steps=2000"]
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     samples: list[dict[str, float]] = []
     with (out / "memory.log").open("w") as log:
         running = subprocess.Popen([*command, *options.overrides], cwd=out, env=environment, stdout=log, stderr=log)
@@ -101,13 +107,31 @@ def main() -> None:
         raise SystemExit(f"the run ended with {status}: {(out / 'memory.log').read_text()[-2000:]}")
     state = json.loads((out / "runs" / name / "result.json").read_text())
     kept = samples[int(WARM_UP * len(samples)) :]
-    results = Results(__file__, options.results)
     case = f"CoCa of the recipe smoke, 2 workers, {options.minutes:g} minutes, {state['step']:,} steps"
     for role in sorted({role for one in kept for role in one}, key=lambda role: (role not in JUDGED, role)):
         values = [one[role] for one in kept if role in one]
         results.add(Row(f"{case}: private memory of {role}, at most", "MB", [max(values)]))
         goal = {"at_most": MOST_GROWTH} if role in JUDGED else {}
         results.add(Row(f"{case}: growth of {role} after the first quarter", "%", [growth(values)], headline=role in JUDGED, **goal))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=60, help="of the long run; 0 leaves it out")
+    parser.add_argument("--without-demo", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_option(parser)
+    options = parser.parse_intermixed_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(__file__, options.results)
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if not options.without_demo:
+        of_demo(out, environment, results)
+    if options.minutes:
+        of_long_run(out, options, environment, results)
     sys.exit(0 if results.finish() else 1)
 
 

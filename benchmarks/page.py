@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _results import ROOT, Growth, Row, exponents, figure, growths, read, shown, verdict
+from _results import ROOT, Growth, Row, exponents, figure, growths, peaks, read, shown, verdict
 
 FOLDER = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -66,6 +66,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
             lines = ["| what | Diptych | beside | ratio | goal |", "|---|---|---|---|---|"]
             lines += [_line(row.what, figure(row, "ours"), _peer(row), *verdict(row)) for row in run["rows"]]
             parts.append("\n".join(lines))
+            parts += _peaks(run)
         parts += [f"{one.family}: seconds grow as {one.name} to the power of {exponents(one)}." for one in _growths(runs)]
     return "\n\n".join(parts) or _NONE
 
@@ -79,6 +80,12 @@ def _growths(runs: list[dict[str, Any]]) -> list[Growth]:
 def _where(run: dict[str, Any], quote: str) -> str:
     took = f", took {run['minutes']:g} minutes" if "minutes" in run else ""
     return f"{quote}{run['command']}{quote}, {run['date']}, commit {run['commit']}, {run['machine']}, load before {run['load']}{took}:"
+
+
+def _peaks(run: dict[str, Any]) -> list[str]:
+    """A line where the run noted them; older ones did not."""
+    found = run.get("peaks")
+    return [f"Peak memory of the largest process of each kind, peers' included: {peaks(found)}."] if found else []
 
 
 def _peer(row: Row) -> str:
@@ -102,6 +109,7 @@ def plots(found: dict[str, list[dict[str, Any]]]) -> str:
             cells = "".join(_row(row.what, figure(row, "ours"), _peer(row), *verdict(row)) for row in run["rows"])
             head = _row("what", "Diptych", "beside", "ratio", "goal").replace("td>", "th>")
             parts.append(f"<p>{_text(_where(run, ''))}</p>\n<table>{head}{cells}</table>")
+            parts += [f"<p>{_text(line)}</p>" for line in _peaks(run)]
     body = "\n".join(parts) or f"<p>{_NONE}</p>"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

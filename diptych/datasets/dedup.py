@@ -108,7 +108,7 @@ def plan(rows: int, probes: int) -> int:
 
 
 def build_cells(vectors: Vectors, cells: int, probes: int, seed: int = 0) -> Cells:
-    """k-means of a sample, then the nearest `probes` of `cells` centroids for every vector; on a GPU if faiss sees one."""
+    """k-means of a sample, then the nearest `probes` of `cells` centroids for every vector; on the GPUs that faiss sees."""
     import faiss
 
     usable = vectors.rows
@@ -116,16 +116,14 @@ def build_cells(vectors: Vectors, cells: int, probes: int, seed: int = 0) -> Cel
     cells = min(cells, max(1, len(usable)))
     probes = min(probes, cells)
     sample = np.sort(random.choice(usable, min(len(usable), cells * _POINTS_PER_CELL), replace=False))
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     dim = vectors.units.shape[1]
     means = faiss.Kmeans(
         dim, cells, niter=_ITERATIONS, spherical=True, seed=seed + 1, max_points_per_centroid=_POINTS_PER_CELL,
-        min_points_per_centroid=1, gpu=bool(gpus),
+        min_points_per_centroid=1, gpu=gpus() > 0,
     )  # fmt: skip
     means.train(vectors.units[sample])
-    index = faiss.IndexFlatIP(dim)
+    index = on_gpus(faiss.IndexFlatIP(dim))
     index.add(means.centroids)
-    index = faiss.index_cpu_to_all_gpus(index) if gpus else index
     nearest, to_centroid = np.empty((len(usable), probes), np.int32), np.zeros(len(vectors.usable), np.float32)
     for start in range(0, len(usable), 1 << 15):
         rows = usable[start : start + (1 << 15)]
@@ -135,6 +133,20 @@ def build_cells(vectors: Vectors, cells: int, probes: int, seed: int = 0) -> Cel
     order = np.argsort(flat, kind="stable")
     starts = np.searchsorted(flat[order], np.arange(cells + 1))
     return Cells(usable[order // probes], starts.astype(np.int64), to_centroid)
+
+
+def gpus() -> int:
+    """How many GPUs faiss sees; its build for CPUs sees none."""
+    import faiss
+
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
+
+
+def on_gpus(index: Any) -> Any:
+    """A faiss `index` on all GPUs that faiss sees, or itself where there are none."""
+    import faiss
+
+    return faiss.index_cpu_to_all_gpus(index) if gpus() else index
 
 
 def near_pairs(vectors: Vectors, threshold: float, cells: Cells | None, advance: Callable[[int], None] = lambda _cells: None) -> Pairs:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from support_benchmarks import benchmark_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
+_memory = benchmark_module("_memory")
 _results = benchmark_module("_results")
 page = benchmark_module("page")
 _alternate = benchmark_module("_alternate")
@@ -148,6 +149,38 @@ def test_a_command_says_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert _results.command(["benchmarks/coca.py", "--results=x"]) == "OMP_NUM_THREADS=2 python benchmarks/coca.py"
     assert _results.machine()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["ray::RayTrainWorker"], "RayTrainWorker (Ray)"),
+        (["ray::TrainController.run", ""], "TrainController (Ray)"),
+        (["ray::_read(slot=3)"], "_read (Ray)"),
+        (["/opt/ray/core/src/ray/raylet/raylet", "--node"], "raylet"),
+        (["/env/bin/python", "-u", "/here/benchmarks/overhead.py", "out", "--bare", "coca"], "overhead.py --bare coca"),
+        (["python3.11", "-m", "torch.distributed.run", "--standalone"], "torch.distributed.run"),
+        (["python", "-c", "from multiprocessing.spawn import spawn_main; …"], "multiprocessing"),
+        (["python", "-c", "import json"], "python -c"),
+        ([], ""),
+    ],
+)
+def test_processes_are_known_by_what_they_are(words: list[str], kind: str) -> None:
+    assert _memory.kind_of(words) == kind
+
+
+def test_the_peak_of_a_child_is_noted_and_stands_on_the_page(tmp_path: Path) -> None:
+    results = _results.Results("made.py", tmp_path)
+    code = "import time\nheld = bytearray(200_000_000)\ndel held\nprint(flush=True)\ntime.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        results.add(_results.Row("what", "s", [1.0]))
+        results.finish()
+        child.kill()
+    # Freed again by then: the peak counts, not what the last look found.
+    assert 200 < results.peaks.megabytes["python -c"] < 400
+    assert f"python -c {_results.shown(results.peaks.megabytes['python -c'])} MB" in page.tables(_results.read(tmp_path))
 
 
 STEPPING = """
