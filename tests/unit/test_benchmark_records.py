@@ -220,13 +220,15 @@ def test_programs_that_take_turns_never_run_together(tmp_path: Path) -> None:
 
 
 def test_what_each_process_kept_busy_in_a_turn_is_told(tmp_path: Path) -> None:
-    programs = {"rests": _stepping(tmp_path, "rests", 0.01), "works": _stepping(tmp_path, "works", 0.01, busy=True)}
-    turns = _alternate.alternate(programs, turns=2, seconds=1.0)
-    for name, busiest in (("rests", (0.0, 0.2)), ("works", (0.2, 1.1))):
-        for turn in turns[name]:
+    programs = {"rests": _stepping(tmp_path, "rests", 0.1), "works": _stepping(tmp_path, "works", 0.1, busy=True)}
+    turns = _alternate.alternate(programs, turns=2, seconds=1.5)
+    for found in turns.values():
+        for turn in found:
             assert len(turn.busy) == 2
             assert turn.busy[0] >= turn.busy[1]
-            assert busiest[0] <= turn.busy[0] <= busiest[1], (name, turn)
+    # How much a busy loop gets depends on what else the machine does; one that rests gets next to nothing anyway.
+    assert min(turn.busy[0] for turn in turns["works"]) > 5 * max(turn.busy[0] for turn in turns["rests"])
+    assert max(turn.busy[0] for turn in turns["works"]) < 1.2
 
 
 def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
