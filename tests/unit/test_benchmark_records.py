@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -181,6 +182,17 @@ def test_the_peak_of_a_child_is_noted_and_stands_on_the_page(tmp_path: Path) -> 
     # Freed again by then: the peak counts, not what the last look found.
     assert 200 < results.peaks.megabytes["python -c"] < 400
     assert f"python -c {_results.shown(results.peaks.megabytes['python -c'])} MB" in page.tables(_results.read(tmp_path))
+
+
+def test_of_the_object_store_counts_what_was_written() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="plasma") as store:
+        store.truncate(50_000_000)
+        assert _memory.store_megabytes(os.getpid()) < 1
+        store.write(bytes(3_000_000))
+        store.flush()
+        os.unlink(store.name)
+        assert 3 <= _memory.store_megabytes(os.getpid()) < 4
+        Path(store.name).touch()  # for the context, which removes it
 
 
 STEPPING = """
