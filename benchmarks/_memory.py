@@ -92,22 +92,28 @@ class Peaks:
 
     def __init__(self) -> None:
         self.megabytes: dict[str, float] = {}
+        self._one_look = threading.Lock()
         threading.Thread(target=self._watch, name="peaks", daemon=True).start()
 
     def look(self) -> None:
         """Look now."""
         this = psutil.Process()
-        for one in [this, *this.children(recursive=True)]:
-            with suppress(psutil.Error, OSError, StopIteration):
-                kind = kind_of(one.cmdline())
-                self._note(kind, status_megabytes("VmHWM", one.pid))
-                if kind == "raylet":
-                    self._note(STORE, store_megabytes(one.pid))
-
-    def _note(self, kind: str, megabytes: float) -> None:
-        self.megabytes[kind] = round(max(self.megabytes.get(kind, 0.0), megabytes), 1)
+        with self._one_look:
+            found = dict(self.megabytes)
+            for one in [this, *this.children(recursive=True)]:
+                with suppress(psutil.Error, OSError, StopIteration):
+                    kind = kind_of(one.cmdline())
+                    _raise(found, kind, status_megabytes("VmHWM", one.pid))
+                    if kind == "raylet":
+                        _raise(found, STORE, store_megabytes(one.pid))
+            # Another dictionary: somebody may be walking through the old one.
+            self.megabytes = found
 
     def _watch(self) -> None:
         while True:
             self.look()
             time.sleep(EVERY_SECONDS)
+
+
+def _raise(found: dict[str, float], kind: str, megabytes: float) -> None:
+    found[kind] = round(max(found.get(kind, 0.0), megabytes), 1)

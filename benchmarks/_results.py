@@ -193,7 +193,7 @@ class Results:
             cells = [figure(row, "ours"), f"{row.peer}: {figure(row, 'peer')}" if row.peer else "", *verdict(row)]
             note(f"  {row.what}: {'; '.join(filter(None, cells))}")
         self.peaks.look()
-        if self.folder:
+        if self.folder and self.rows:
             self._record(self.folder)
         note(f"  peak memory: {peaks(self.peaks.megabytes)}")
         found = growths(self.rows)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -23,15 +22,17 @@ import time
 from pathlib import Path
 
 import psutil
+from _fresh import environment
+from _memory import kind_of
 from _results import Results, Row, add_option
 from scene_shards import write_scenes
 
 EVERY_SECONDS, WARM_UP, MOST_GROWTH = 10.0, 0.25, 2.0
 ROLES = {
-    "TrainController": "Ray Train's controller",
-    "RayTrainWorker": "training workers",
-    "ReadSlots": "read workers",
-    "IDLE": "read workers",
+    "TrainController (Ray)": "Ray Train's controller",
+    "RayTrainWorker (Ray)": "training workers",
+    "ReadSlots (Ray)": "read workers",
+    "IDLE (Ray)": "read workers",
     "raylet": "raylet",
     "gcs_server": "gcs_server",
 }
@@ -39,11 +40,8 @@ JUDGED = ("driver", "Ray Train's controller", "training workers")
 
 
 def role_of(process: psutil.Process, driver: int) -> str:
-    """By what the process calls itself."""
-    if process.pid == driver:
-        return "driver"
-    name = " ".join(process.cmdline())[:200]
-    return next((role for mark, role in ROLES.items() if mark in name), "other services of Ray")
+    """By the kind of process."""
+    return "driver" if process.pid == driver else ROLES.get(kind_of(process.cmdline()), "other services of Ray")
 
 
 def sample(driver: psutil.Process) -> dict[str, float]:
@@ -66,19 +64,19 @@ def growth(values: list[float]) -> float:
     return 100 * slope * (len(values) - 1) / start
 
 
-def of_demo(out: Path, environment: dict[str, str], results: Results) -> None:
+def of_demo(out: Path, results: Results) -> None:
     """The demo, from nothing."""
     folder = out / f"demo-{time.time_ns()}"
     with (out / "demo.log").open("w") as log:
         command = [sys.executable, "-m", "diptych.pipelines.demo", "--out", str(folder)]
-        status = subprocess.run(command, cwd=out, env=environment, stdout=log, stderr=log, check=False).returncode
+        status = subprocess.run(command, cwd=out, env=environment(), stdout=log, stderr=log, check=False).returncode
     if status:
         raise SystemExit(f"the demo ended with {status}: {(out / 'demo.log').read_text()[-2000:]}")
     for kind, megabytes in sorted(results.peaks.megabytes.items()):
         results.add(Row(f"the demo: peak memory of the largest process, {kind}", "MB", [megabytes]))
 
 
-def of_long_run(out: Path, options: argparse.Namespace, environment: dict[str, str], results: Results) -> None:
+def of_long_run(out: Path, options: argparse.Namespace, results: Results) -> None:
     """Growth by role."""
     write_scenes(out / "shards", 4000, 64)
     name = f"memory-{time.time_ns()}"
@@ -95,7 +93,7 @@ def of_long_run(out: Path, options: argparse.Namespace, environment: dict[str, s
     command += ["workers=2", "train.steps=100000000", "train.log_every=50", "validation.every_steps=2000", "checkpoint.every_steps=2000"]
     samples: list[dict[str, float]] = []
     with (out / "memory.log").open("w") as log:
-        running = subprocess.Popen([*command, *options.overrides], cwd=out, env=environment, stdout=log, stderr=log)
+        running = subprocess.Popen([*command, *options.overrides], cwd=out, env=environment(), stdout=log, stderr=log)
         driver, begin = psutil.Process(running.pid), time.monotonic()
         while time.monotonic() - begin < 60 * options.minutes and running.poll() is None:
             time.sleep(EVERY_SECONDS)
@@ -126,12 +124,10 @@ def main() -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     results = Results(__file__, options.results)
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if not options.without_demo:
-        of_demo(out, environment, results)
+        of_demo(out, results)
     if options.minutes:
-        of_long_run(out, options, environment, results)
+        of_long_run(out, options, results)
     sys.exit(0 if results.finish() else 1)
 
 

@@ -185,14 +185,33 @@ def test_the_peak_of_a_child_is_noted_and_stands_on_the_page(tmp_path: Path) -> 
 
 
 def test_of_the_object_store_counts_what_was_written() -> None:
-    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="plasma") as store:
+    before = _memory.store_megabytes(os.getpid())
+    descriptor, path = tempfile.mkstemp(dir="/dev/shm", prefix="plasma")
+    os.unlink(path)
+    with os.fdopen(descriptor, "wb") as store:
         store.truncate(50_000_000)
-        assert _memory.store_megabytes(os.getpid()) < 1
+        assert _memory.store_megabytes(os.getpid()) < before + 1
         store.write(bytes(3_000_000))
         store.flush()
-        os.unlink(store.name)
-        assert 3 <= _memory.store_megabytes(os.getpid()) < 4
-        Path(store.name).touch()  # for the context, which removes it
+        assert before + 3 <= _memory.store_megabytes(os.getpid()) < before + 4
+
+
+def test_what_was_read_of_the_peaks_does_not_change() -> None:
+    peaks = _memory.Peaks()
+    peaks.look()
+    read = peaks.megabytes
+    with subprocess.Popen(["sleep", "100"]) as child:
+        deadline = time.monotonic() + 10
+        while "sleep" not in peaks.megabytes and time.monotonic() < deadline:
+            peaks.look()
+        child.kill()
+    assert "sleep" in peaks.megabytes
+    assert "sleep" not in read
+
+
+def test_a_call_without_rows_is_not_recorded(tmp_path: Path) -> None:
+    assert _results.Results("made.py", tmp_path).finish()
+    assert not list(tmp_path.iterdir())
 
 
 STEPPING = """
