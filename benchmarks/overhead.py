@@ -9,7 +9,7 @@ for the latter: two cores have none to spare. All train without end and are let 
 turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: the processor time of a step of the
 training processes, and what all others (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's place, without
 Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without
-Ray, that is neither forward, backward nor optimizer. The start is measured with all files in the page cache, after a call that does not count.
+Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself. The start is measured with all files in the page cache, after a call that does not count.
 """
 
 from __future__ import annotations
@@ -333,6 +333,18 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
             results.add(Row(own, "%", shares, at_most=100 * (1 - GOAL)))
 
 
+def alike(task: str, options: argparse.Namespace, results: Results) -> None:
+    """The bare loop started `--alike` times, in turns with itself: what of a ratio is chance."""
+    size = load_recipe(task, RECIPES[task]).train.global_batch_size
+    for workers in options.workers:
+        found = alternate({f"start {n}": bare(task, options.out, workers) for n in range(options.alike)}, options.repeat, options.seconds)
+        rates = [[turn.rate * size for turn in turns] for turns in found.values()]
+        medians = [statistics.median(rate) for rate in rates]
+        what = f"{task}/{RECIPES[task]}, batch {size}, fp32: {PEER[workers]} in {options.alike} starts"
+        results.add(Row(f"{what}: medians", "samples/s", medians))
+        results.add(Row(f"{what}: the best median over the worst", "", [max(medians) / min(medians)]))
+
+
 def start(options: argparse.Namespace, results: Results) -> None:
     """The stages from the command to the first step; the first call only warms up."""
     found: list[dict[str, float]] = []
@@ -358,6 +370,7 @@ def main() -> None:
     parser.add_argument("--part", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--alike", type=int, default=0, metavar="N", help="only compare N starts of the bare loop with each other")
     parser.add_argument("--bare", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--own", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--startup", type=float, help=argparse.SUPPRESS)
@@ -380,6 +393,10 @@ def main() -> None:
     write_scenes(options.out / "shards", options.scenes, 64)
     write_embeddings(options.out / "embeddings", options.out / "shards", DIM)
     results = Results(__file__, options.results)
+    if options.alike:
+        for task in options.tasks:
+            alike(task, options, results)
+        sys.exit(0 if results.finish() else 1)
     for task in options.tasks if "rate" in options.only else []:
         compare(task, options, results)
     if "start" in options.only:
