@@ -2,7 +2,8 @@
 
 The speed of a virtual machine drifts by a third within minutes, so programs that run one after the other are measured on different machines. Here each is
 started and warmed up; then every turn lets each run for some seconds, with all its processes, and stops them (SIGSTOP) before the next one runs. Of a turn
-counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure.
+counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure; nor is its beginning, in which a
+program does first what fell due while it was stopped: with Ray, whose services have timers of seconds, a step took a tenth longer there.
 """
 
 from __future__ import annotations
@@ -32,11 +33,26 @@ class Turn(NamedTuple):
     """Steps per second."""
     busy: list[float]
     """Processors that each of its processes kept busy on average, the busiest first."""
+    running: list[float]
+    """Share of the turn that the busiest thread of each of these processes was on a core."""
+    ready: list[float]
+    """And that it could have been, but had to wait for one."""
+
+
+class _Used(NamedTuple):
+    """What a process has used so far."""
+
+    seconds: float
+    """Of processors."""
+    threads: dict[str, tuple[float, float]]
+    """Seconds on a core, and ready without one, by thread."""
 
 
 MARK = "DIPTYCH_BENCHMARK_PROGRAM"
 WARM, START_SECONDS, STOP_SECONDS = 3, 300.0, 120.0
 """Entries of `Ends` after which a program is warm, and how long it may take to start and to end."""
+SETTLE_SECONDS = 1.5
+"""Of each turn, before it counts."""
 
 
 class StepLog:
@@ -105,12 +121,12 @@ class _Running:
         if self._popen.poll() is not None:
             raise SystemExit(f"{' '.join(self.program.command)} has ended:\n{self.program.log.read_text()[-4000:]}")
 
-    def processor_seconds(self) -> dict[int, float]:
+    def used(self) -> dict[int, _Used]:
         """What each of its processes has used so far, by process id."""
-        found: dict[int, float] = {}
+        found: dict[int, _Used] = {}
         for one in self._family():
             with suppress(psutil.Error):
-                found[one.pid] = sum(one.cpu_times()[:2])
+                found[one.pid] = _Used(sum(one.cpu_times()[:2]), _scheduled(one.pid))
         return found
 
     def signal(self, number: signal.Signals) -> None:
@@ -158,28 +174,51 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
             running[name] = _Running(program)
             stack.callback(running[name].end)
             running[name].warm_up()
-        slices: dict[str, list[tuple[float, float, list[float]]]] = {name: [] for name in programs}
+        slices: dict[str, list[tuple[float, float, dict[int, _Used], dict[int, _Used]]]] = {name: [] for name in programs}
         for turn in range(turns):
             # Every other turn backwards: what drifts steadily counts for nobody.
             for name in list(programs)[:: -1 if turn % 2 else 1]:
-                used = running[name].processor_seconds()
                 running[name].signal(signal.SIGCONT)
+                time.sleep(SETTLE_SECONDS)
+                before = running[name].used()
                 begin = time.time()
                 time.sleep(seconds)
                 end = time.time()
+                after = running[name].used()
                 running[name].check()
                 running[name].signal(signal.SIGSTOP)
-                busy = [(now - used.get(pid, 0.0)) / (end - begin) for pid, now in running[name].processor_seconds().items()]
-                slices[name].append((begin, end, sorted(busy, reverse=True)))
-    return {
-        name: [Turn(_rate(program.ends(), begin, end), busy) for begin, end, busy in slices[name]] for name, program in programs.items()
-    }
+                slices[name].append((begin, end, before, after))
+    return {name: [_turn(program.ends(), *one) for one in slices[name]] for name, program in programs.items()}
 
 
 def _end_once(*_: object) -> NoReturn:
     # Asked again, as `timeout` does, it would stop ending its programs.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(1)
+
+
+def _scheduled(pid: int) -> dict[str, tuple[float, float]]:
+    """Seconds that each thread was on a core, and ready without one (the kernel's `schedstat`)."""
+    found: dict[str, tuple[float, float]] = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # A thread may end meanwhile.
+            running, ready, _ = path.read_text().split()
+            found[path.parent.name] = (int(running) / 1e9, int(ready) / 1e9)
+    return found
+
+
+def _turn(ends: Ends, begin: float, end: float, before: Mapping[int, _Used], after: Mapping[int, _Used]) -> Turn:
+    spent: list[tuple[float, float, float]] = []
+    for pid, now in after.items():
+        then = before.get(pid, _Used(0.0, {}))
+        threads = [
+            (running - was_running, ready - was_ready)
+            for thread, (running, ready) in now.threads.items()
+            for was_running, was_ready in [then.threads.get(thread, (0.0, 0.0))]
+        ]
+        spent.append((now.seconds - then.seconds, *max(threads, default=(0.0, 0.0))))
+    busy, running, ready = ([value / (end - begin) for value in values] for values in zip(*sorted(spent, reverse=True), strict=True))
+    return Turn(_rate(ends, begin, end), busy, running, ready)
 
 
 def _rate(ends: Ends, begin: float, end: float) -> float:

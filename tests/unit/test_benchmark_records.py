@@ -223,14 +223,18 @@ child = subprocess.Popen([sys.executable, "-c", "while True: pass" if {busy!r} e
 Path({folder!r}, {name!r} + ".child").write_text(str(child.pid))
 log = StepLog(Path({folder!r}, {name!r} + ".steps"))
 for step in range({most}):
+    begin = time.monotonic()
     time.sleep({seconds})
+    if time.monotonic() - begin > {seconds} + 0.4:
+        time.sleep({overdue})
     log.ended()
 """
 
 
-def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False) -> Any:
-    """A program with a child, at rest or `busy`, that does a step every `seconds`, and `most` of them."""
-    code = STEPPING.format(benchmarks=str(ROOT / "benchmarks"), folder=str(folder), name=name, seconds=seconds, most=most, busy=busy)
+def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False, overdue: float = 0.0) -> Any:
+    """A program with a child, at rest or `busy`, that does a step every `seconds`, and `most` of them; after a stop it first sleeps `overdue` seconds."""
+    where = {"benchmarks": str(ROOT / "benchmarks"), "folder": str(folder), "name": name}
+    code = STEPPING.format(**where, seconds=seconds, most=most, busy=busy, overdue=overdue)
     return _alternate.Program([sys.executable, "-c", code], lambda: _alternate.read_steps(folder / f"{name}.steps"), folder / f"{name}.log")
 
 
@@ -238,7 +242,8 @@ def _is_running(pid: str) -> bool:
     return psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
 
 
-def test_programs_that_take_turns_never_run_together(tmp_path: Path) -> None:
+def test_programs_that_take_turns_never_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_alternate, "SETTLE_SECONDS", 0.1)
     programs = {"fast": _stepping(tmp_path, "fast", 0.01), "slow": _stepping(tmp_path, "slow", 0.05)}
     turns = _alternate.alternate(programs, turns=3, seconds=0.5)
     rates = {name: [turn.rate for turn in found] for name, found in turns.items()}
@@ -260,6 +265,18 @@ def test_what_each_process_kept_busy_in_a_turn_is_told(tmp_path: Path) -> None:
     # How much a busy loop gets depends on what else the machine does; one that rests gets next to nothing anyway.
     assert min(turn.busy[0] for turn in turns["works"]) > 5 * max(turn.busy[0] for turn in turns["rests"])
     assert max(turn.busy[0] for turn in turns["works"]) < 1.2
+    # Its thread is on a core or wants one nearly all the time, of which a host may take some; one that sleeps does neither.
+    wanted = {name: [turn.running[0] + turn.ready[0] for turn in found] for name, found in turns.items()}
+    assert min(wanted["works"]) > 3 * max(wanted["rests"])
+    assert max(wanted["works"]) < 1.3
+
+
+def test_the_beginning_of_a_turn_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fell due while a program was stopped it does when it goes on: here half a second in which it does no step."""
+    monkeypatch.setattr(_alternate, "SETTLE_SECONDS", 1.0)
+    programs = {"late": _stepping(tmp_path, "late", 0.01, overdue=0.5), "other": _stepping(tmp_path, "other", 0.05)}
+    turns = _alternate.alternate(programs, turns=2, seconds=0.5)
+    assert min(turn.rate for turn in turns["late"]) > max(turn.rate for turn in turns["other"])
 
 
 def test_a_program_that_ends_early_is_shown(tmp_path: Path) -> None:
