@@ -3,7 +3,7 @@
 The speed of a virtual machine drifts by a third within minutes, so programs that run one after the other are measured on different machines. Here each is
 started and warmed up; then every turn lets each run for some seconds, with all its processes, and stops them (SIGSTOP) before the next one runs. Of a turn
 counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure; nor is its beginning, in which a
-program does first what fell due while it was stopped: with Ray, whose services have timers of seconds, a step took a tenth longer there.
+program does first what fell due while it was stopped.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Turn(NamedTuple):
 class _Used(NamedTuple):
     """What a process has used so far."""
 
+    when: float
+    """By `time.time()`: looking at many threads takes a while, in which they go on."""
     seconds: float
     """Of processors."""
     threads: dict[str, tuple[float, float]]
@@ -126,7 +128,7 @@ class _Running:
         found: dict[int, _Used] = {}
         for one in self._family():
             with suppress(psutil.Error):
-                found[one.pid] = _Used(sum(one.cpu_times()[:2]), _scheduled(one.pid))
+                found[one.pid] = _Used(time.time(), sum(one.cpu_times()[:2]), _scheduled(one.pid))
         return found
 
     def signal(self, number: signal.Signals) -> None:
@@ -210,14 +212,15 @@ def _scheduled(pid: int) -> dict[str, tuple[float, float]]:
 def _turn(ends: Ends, begin: float, end: float, before: Mapping[int, _Used], after: Mapping[int, _Used]) -> Turn:
     spent: list[tuple[float, float, float]] = []
     for pid, now in after.items():
-        then = before.get(pid, _Used(0.0, {}))
+        then = before.get(pid, _Used(begin, 0.0, {}))
+        length = now.when - then.when
         threads = [
-            (running - was_running, ready - was_ready)
+            ((running - was_running) / length, (ready - was_ready) / length)
             for thread, (running, ready) in now.threads.items()
             for was_running, was_ready in [then.threads.get(thread, (0.0, 0.0))]
         ]
-        spent.append((now.seconds - then.seconds, *max(threads, default=(0.0, 0.0))))
-    busy, running, ready = ([value / (end - begin) for value in values] for values in zip(*sorted(spent, reverse=True), strict=True))
+        spent.append(((now.seconds - then.seconds) / length, *max(threads, default=(0.0, 0.0))))
+    busy, running, ready = map(list, zip(*sorted(spent, reverse=True), strict=True))
     return Turn(_rate(ends, begin, end), busy, running, ready)
 
 

@@ -6,10 +6,11 @@ For each task a small model learns generated scenes: `diptych train` as a comman
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
 With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
 for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
-turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads are on a core in
-a step, how long they wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's place, without
-Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop, in one process without
-Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself. The start is measured with all files in the page cache, after a call that does not count.
+turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads
+are on a core in a step, how long they wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
+goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the
+share of a step of our loop, in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
+The start is measured with all files in the page cache, after a call that does not count.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ LOG_EVERY = 2
 GOAL, DIM, KEPT, ENDLESS, PEER = 0.97, 96, 24, 100_000_000, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
 HOW = {1: {"1 worker": 2}, 2: {"2 workers": 2, "2 workers that read for themselves": 0}}
 """`cluster.data_cpus` of what is measured, by number of workers; the goal is for the fewest."""
+STATES = {"on a core": attrgetter("running"), "ready, without one": attrgetter("ready")}
+"""Of a training thread, as `Turn` tells them."""
 SOURCES = {"memory": "batches in memory", "thread": "reading in a thread"}
 OWN_STEPS, OWN_TURNS, STARTS = 50, 3, 3
 
@@ -304,15 +308,6 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
             programs |= {source: part(task, options.out, workers, source) for source in SOURCES}
         found = alternate(programs, options.repeat, options.seconds)
         rates = {side: [turn.rate * size for turn in turns] for side, turns in found.items()}
-        # The processes that train are the busiest, and so are their threads that do.
-        parts = {
-            "on a core": {
-                side: [1000 * statistics.mean(turn.running[:workers]) / turn.rate for turn in turns] for side, turns in found.items()
-            },
-            "ready, without one": {
-                side: [1000 * statistics.mean(turn.ready[:workers]) / turn.rate for turn in turns] for side, turns in found.items()
-            },
-        }
         for how, readers in HOW[workers].items():
             what = f"{task}/{RECIPES[task]} as a command, batch {size}, fp32, {how}"
             goal = GOAL if readers == min(HOW[workers].values()) else None
@@ -322,8 +317,10 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
                 f"{what}: {row.median['ours'] / row.median['peer']:.3f} of {row.peer}{f' (goal: at least {goal})' if goal else ''}",
                 flush=True,
             )
-            for part_of_it, times in parts.items():
-                spent = Row(f"{what}: of a step, training threads {part_of_it}", "ms", times[how], PEER[workers], times["bare"], less=True)
+            for state, share in STATES.items():
+                # The processes that train are the busiest, and so are their threads that do.
+                one, other = ([1000 * statistics.mean(share(turn)[:workers]) / turn.rate for turn in found[side]] for side in (how, "bare"))
+                spent = Row(f"{what}: of a step, training threads {state}", "ms", one, PEER[workers], other, less=True)
                 print(f"{spent.what}: {results.add(spent).median} ms", flush=True)
             others = [sum(turn.busy[workers:]) for turn in found[how]]
             rest = results.add(Row(f"{what}: processors kept busy by other processes", "cores", others))
