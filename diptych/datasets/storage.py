@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import glob
+import multiprocessing
 import os
 import re
 import threading
@@ -213,9 +214,16 @@ def _sync(path: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a local folder: one process of this machine at a time; the folder is made if it is missing."""
+    """Hold the lock of a local folder: one process of this machine at a time; the folder is made if it is missing.
+
+    Raises `RuntimeError` while a process that was spawned imports the caller's script: its parent, which runs that script, may hold the lock until it ends.
+    """
     import fcntl
 
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this script uses Diptych while a process that it started imports it; put what it does under `if __name__ == '__main__':`"
+        )
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,6 +118,21 @@ def test_walks_in_processes_find_the_same(tmp_path, monkeypatch):
     manifest = open_manifest(folder, str(tmp_path / "two"), jobs=2)
     assert (manifest.digest, manifest.faults) == (expected.digest, expected.faults)
     assert len(manifest.faults) == 1
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    """The processes that walk the shards import it, and would wait for the lock that it holds."""
+    folder = write_set(tmp_path / "set")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from diptych.datasets import manifest_build\n"
+        "manifest_build.PROCESS_BYTES = 0\n"
+        "from diptych.datasets.manifest import open_manifest\n"
+        f"open_manifest({folder!r}, jobs=2)\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "put what it does under `if __name__ == '__main__':`" in ended.stderr
 
 
 def test_builders_of_one_folder_wait_for_each_other(tmp_path):
