@@ -5,9 +5,9 @@
 Made data of each `--size`: crops of pictures with the spectrum of natural images (1/f noise, correlated colours), JPEG quality 95 as img2dataset writes
 them; then the shards of `--shards`. At equal decode every contender uses Pillow with `draft`; as shipped, webdataset decodes with `decode("pil")` and
 resizes, Ray with its own decoder and resizes, ours with `data.decoder=auto`. mosaicml-streaming reads its own format, whose making is timed beside our
-index of the tars; it takes part if it can be imported, also from `--peers FOLDER` (its pins do not go with ours). Every measurement is a fresh process; its clock runs from a third of
-the images to five sixths of them, so that neither start-up nor what was read ahead counts, and `first` is the time to the first batch.
-Of `--shards`, whose pictures may be small, four times as many are taken, so that a measurement lasts seconds.
+index of the tars; it takes part if it can be imported, also from `--peers FOLDER` (its pins do not go with ours). Every measurement is a fresh process; its clock runs from about a third of
+the images to about five sixths of them, so that neither start-up nor what was read ahead counts, and `first` is the time to the first batch.
+Of pictures below 1024² three times as many are taken, of `--shards`, which may be small, four times, so that a measurement lasts ten seconds.
 Contenders take turns (Ray as it ships, several minutes long, one turn only); medians, with (lowest to highest). `--memory` measures the peak resident memory of a read worker instead. Exit status 1 if a goal is missed.
 """
 
@@ -35,7 +35,7 @@ from _results import Results, Row, add_option
 from PIL import Image
 
 BATCH = 64
-LEAST = 3000
+LEAST = 4000
 """Images of a measurement: of fewer, the blocks under way when the clock starts and stops are too large a part."""
 GOALS = (
     ("ours", "webdataset", 1.0, "at equal decode"),
@@ -102,24 +102,28 @@ def _resized(picture: Image.Image, target: int) -> np.ndarray:
 
 
 def timed(batches: Iterable[int], images: int) -> dict[str, float]:
-    """Rate from a third of the images to five sixths of them.
+    """Rate between about a third of the images and about five sixths of them.
 
     A contender that reads ahead has decoded some of what it hands over next. That counts for it where the clock starts and against it where
-    the clock stops, because it reads ahead there as well.
+    the clock stops, because it reads ahead there as well. What was read side by side comes together, hundreds of pictures at once, so the clock starts and
+    stops with the batch that was waited for the longest, within a twelfth of the images to either side.
     """
     begin = time.perf_counter()
-    first, seen, marks = 0.0, 0, []
+    times, seen = [], []
     for count in batches:
-        first = first or time.perf_counter() - begin
-        seen += count
-        if seen >= images * (1 / 3, 5 / 6)[min(len(marks), 1)] and len(marks) < 2:
-            marks.append((time.perf_counter(), seen))
-    (start, before), (stop, after) = marks
-    return {"rate": (after - before) / (stop - start), "first": first, "images": seen}
+        times.append(time.perf_counter() - begin)
+        seen.append(count + (seen[-1] if seen else 0))
+    waits = np.diff(times, prepend=0.0)
+    marks = []
+    for share in (1 / 3, 5 / 6):
+        around = np.searchsorted(seen, [images * (share - 1 / 12), images * (share + 1 / 12)])
+        marks.append(around[0] + int(np.argmax(waits[slice(*around)])))
+    start, stop = marks
+    return {"rate": (seen[stop] - seen[start]) / (times[stop] - times[start]), "first": times[0], "images": seen[-1]}
 
 
 def ours(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
-    """RayStream of one worker."""
+    """RayStream of one worker, on the Ray that a command starts."""
     from diptych.batches import ImageNeed, Needs
     from diptych.config import DataConfig
     from diptych.datasets.keep import Selection
@@ -127,11 +131,12 @@ def ours(folder: Path, images: int, target: int, cores: int, decoder: str) -> di
     from diptych.datasets.ray_stream import RayStream
     from diptych.datasets.reader import SampleSource
     from diptych.datasets.stream import StreamSpec
+    from diptych.pipelines.ray_context import ray_session
 
     manifest = open_manifest(str(folder))
     source = SampleSource.of(manifest, None, DataConfig(decoder=decoder))
     spec = StreamSpec(source, Selection(None, manifest.samples, manifest.digest), Needs(image=ImageNeed(target)), 0, BATCH)
-    with started_ray(cores):
+    with ray_session(cores, logical_cpus=cores):
         stream = RayStream(spec, 0, 1, 0, images // BATCH, cpus=cores)
         result = timed((len(share.arrays["image"]) for share in stream), images)
         return result | {"peak_rss": read_worker_peak()}
@@ -152,7 +157,7 @@ def read_worker_peak() -> float:
 
 
 class started_ray:  # noqa: N801 - used as a block
-    """A local Ray of as many CPUs as the contenders have cores."""
+    """A local Ray of as many CPUs as the contenders have cores, as Ray itself starts one."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
@@ -322,7 +327,7 @@ def cases(options: argparse.Namespace, scratch: Path) -> Iterator[Case]:
         folder = (options.folder or scratch) / f"{size}-{options.images}"
         if not folder.is_dir():
             generate(folder, -(-options.images * 2 // 1500) * 500, size)
-        yield Case(f"{size}² JPEG → {options.target}²", folder, options.images)
+        yield Case(f"{size}² JPEG → {options.target}²", folder, options.images * (1 if size >= 1024 else 3))
     if options.shards:
         folder = scratch / options.shards.parent.name
         folder.mkdir()

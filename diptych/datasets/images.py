@@ -141,9 +141,11 @@ def _decode_jpeg(data: bytes, need: ImageNeed, drawn: np.ndarray, decoder: Decod
     # OpenCV and Pillow disagree on inverted CMYK; Pillow's reading is the usual one.
     if decoder == "opencv" and header.components in (1, 3):
         return _fit_opencv(_upright_array(_imdecode(data, factor), header.orientation), (width, height), box, need)
-    picture: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
-    picture.draft("RGB" if header.components == 3 else None, (max(1, header.width // factor), max(1, header.height // factor)))
-    picture = _upright(to_rgb(picture), header.orientation)
+    opened = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+    opened.draft("RGB" if header.components == 3 else None, (max(1, header.width // factor), max(1, header.height // factor)))
+    # All bytes at once: otherwise Pillow gives libjpeg 64 kB at a time, each behind a copy of what the last piece left.
+    opened.decodermaxblock = len(data)
+    picture = _upright(to_rgb(opened), header.orientation)
     return _fit(picture, (width, height), box, need, decoder)
 
 

@@ -13,12 +13,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import fsspec
 
 from diptych.config import ConfigError
+from diptych.datasets.spare import SpareMemory
 
 T = TypeVar("T")
 
@@ -112,10 +112,11 @@ def iter_ranges(
         if len(members) == 1:
             yield members[0], read_range(url, start, end - start, retries)
             continue
-        with _read_whole(url, start, end - start, retries) as data:
-            for index in members:
-                offset, length = ranges[index]
-                yield index, bytes(data[offset - start : offset - start + length])
+        data = _read_whole(url, start, end - start, retries)
+        for index in members:
+            offset, length = ranges[index]
+            yield index, bytes(data[offset - start : offset - start + length])
+        del data  # before the next read, which may have its memory
 
 
 def _joined(ranges: Sequence[tuple[int, int]], gap: int, most_bytes: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -135,28 +136,16 @@ def _joined(ranges: Sequence[tuple[int, int]], gap: int, most_bytes: int) -> Ite
         yield start, end, members
 
 
-_spare: list[bytearray] = []
-"""Memory of joined reads that nobody uses at present: the pages of fresh memory cost more than what is copied into them."""
+_joined_reads = SpareMemory()
 
 
-@contextmanager
-def _read_whole(url: str, offset: int, size: int, retries: int) -> Iterator[memoryview]:
-    """The bytes of a joined read, within the block."""
+def _read_whole(url: str, offset: int, size: int, retries: int) -> memoryview:
+    """The bytes of a joined read."""
     if not is_local(url):
-        yield memoryview(read_range(url, offset, size, retries))
-        return
-    try:
-        memory = _spare.pop()
-    except IndexError:
-        memory = bytearray()
-    if len(memory) < size:
-        memory = bytearray(size)
-    try:
-        data = memoryview(memory)[:size]
-        read_into(url, offset, data, retries)
-        yield data
-    finally:
-        _spare.append(memory)
+        return memoryview(read_range(url, offset, size, retries))
+    data = _joined_reads.take(size).data
+    read_into(url, offset, data, retries)
+    return data
 
 
 def with_retries(action: Callable[[], T], url: str, offset: int, size: int, retries: int) -> T:

@@ -25,6 +25,7 @@ from diptych.datasets import images, storage
 from diptych.datasets.cached import CacheJoin, read_cached
 from diptych.datasets.embeddings import EmbeddingJoin
 from diptych.datasets.manifest import Manifest
+from diptych.datasets.spare import SpareMemory
 from diptych.datasets.survey import IMAGE_EXTENSIONS
 from diptych.datasets.tokens import load_tokenizer
 
@@ -98,6 +99,9 @@ class _Places(NamedTuple):
     shards: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+
+
+_pixels = SpareMemory()
 
 
 class _Found:
@@ -191,7 +195,7 @@ def _read_images(
 ) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
     """`image`, with buckets also `bucket`; and the bytes read."""
     # Every row is written below, or zeroed as a bad one: to zero all of them beforehand took 3 % of a read worker.
-    pixels = np.empty((len(found.rows), need.size, need.size, 3), np.uint8)
+    pixels = _pixels.take(3 * len(found.rows) * need.size**2).reshape(-1, need.size, need.size, 3)
     bucket = np.zeros(len(found.rows), np.int64)
     places = _Places(*manifest.members(found.rows, IMAGE_EXTENSIONS))
     sizes = places.sizes

@@ -233,3 +233,24 @@ def test_a_flaky_server_gives_the_same_samples_as_the_disk(source: SampleSource,
     seen.clear()
     with pytest.raises(OSError, match="503"):
         read_rows(replace(source, root=url, retries=0), rows, rows, need, seed=0)
+
+
+def test_memory_of_pictures_is_used_again_once_nobody_views_it(manifest: Manifest) -> None:
+    """A read worker that decodes block after block touches no fresh pages, and nobody's pictures change."""
+    source, needs = SampleSource.of(manifest, None, DataConfig()), Needs(image=ImageNeed(32))
+
+    def read(rows: list[int]) -> np.ndarray:
+        return read_rows(source, np.array(rows), np.array(rows), needs, 0).arrays["image"]
+
+    first = read([0, 1, 2, 4])
+    kept, address = first.copy(), first.ctypes.data
+    table = pa.py_buffer(first[1:])  # as a block is handed on
+    del first
+    second = read([4, 5, 6, 8])
+    assert second.ctypes.data != address
+    assert bytes(table) == kept[1:].tobytes()
+    del table
+    assert read([0, 1, 2, 4]).ctypes.data == address
+    one = read([0])
+    assert one.ctypes.data != address, "a row that is kept must not keep the memory of a block"
+    assert np.array_equal(one[0], kept[0])
