@@ -123,7 +123,7 @@ def timed(batches: Iterable[int], images: int) -> dict[str, float]:
 
 
 def ours(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
-    """RayStream of one worker, on the Ray that a command starts."""
+    """RayStream of one worker."""
     from diptych.batches import ImageNeed, Needs
     from diptych.config import DataConfig
     from diptych.datasets.keep import Selection
@@ -154,24 +154,6 @@ def read_worker_peak() -> float:
         except (psutil.Error, OSError, IndexError, StopIteration):
             continue
     return max(peaks)
-
-
-class started_ray:  # noqa: N801 - used as a block
-    """A local Ray of as many CPUs as the contenders have cores, as Ray itself starts one."""
-
-    def __init__(self, cores: int) -> None:
-        self.cores = cores
-
-    def __enter__(self) -> None:
-        import ray
-
-        ray.init(address="local", num_cpus=self.cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        ray.data.DataContext.get_current().enable_progress_bars = False
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.shutdown()
 
 
 def _stack(samples: list[np.ndarray]) -> Any:
@@ -205,8 +187,8 @@ def webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool
 
 
 def ray_webdataset(folder: Path, images: int, target: int, cores: int, shipped: bool) -> dict[str, float]:
-    """`ray.data.read_webdataset`."""
-    import ray
+    """`ray.data.read_webdataset`, on the same Ray as ours."""
+    from diptych.pipelines.ray_context import ray_session
 
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     tars *= -(-images // (500 * len(tars)))
@@ -217,7 +199,8 @@ def ray_webdataset(folder: Path, images: int, target: int, cores: int, shipped: 
     def resize(row: dict[str, Any]) -> dict[str, Any]:
         return {"jpg": _resized(Image.fromarray(row["jpg"]), target)}
 
-    with started_ray(cores):
+    with ray_session(cores, logical_cpus=cores) as ray:
+        ray.data.DataContext.get_current().enable_progress_bars = False
         dataset = ray.data.read_webdataset(tars, decoder=True if shipped else draft)
         dataset = dataset.map(resize) if shipped else dataset
         loader = dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2)
