@@ -77,6 +77,13 @@ class RunConfig(Config):
             raise ConfigError(
                 "train.micro_batches", self.train.micro_batches, f"at most train.global_batch_size = {self.train.global_batch_size}"
             )
+        if self.cluster.read_threads > 1 and self.cluster.data_cpus:
+            raise ConfigError(
+                "cluster.read_threads",
+                self.cluster.read_threads,
+                f"1 where read tasks read (cluster.data_cpus = {self.cluster.data_cpus})",
+                "Set cluster.data_cpus=0 for workers that read for themselves, or raise cluster.data_cpus.",
+            )
         if self.train.offload and self.train.strategy == "ddp":
             raise ConfigError("train.offload", True, "false under train.strategy=ddp", "Set train.strategy=zero1, zero2 or zero3.")
         if self.task.shape_buckets and self.train.strategy in ("zero2", "zero3") and self.most_workers > 1:

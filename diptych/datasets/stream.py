@@ -10,10 +10,10 @@ Shape legend: R rows of a block, U samples read for it, B rows of a share.
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -258,41 +258,29 @@ def _substitute(plan: Plan, block: Block, samples: Samples) -> tuple[dict[str, n
 
 
 class LocalStream:
-    """This worker's shares of the steps [start_step, stop_step), read ahead by one thread. No Ray."""
+    """This worker's shares of the steps [start_step, stop_step), read ahead by `threads` of this process, a block each. No Ray."""
 
-    def __init__(self, spec: StreamSpec, rank: int, world_size: int, start_step: int, stop_step: int | None) -> None:
-        self.plan = Plan(spec, rank, world_size, start_step, stop_step)
+    def __init__(self, spec: StreamSpec, rank: int, world_size: int, start_step: int, stop_step: int | None, threads: int = 1) -> None:
+        if threads < 1:
+            raise ValueError(f"threads: {threads}; at least one thread has to read")
+        self.plan, self.threads = Plan(spec, rank, world_size, start_step, stop_step), threads
 
     def __iter__(self) -> Iterator[StepBatch]:
         spec, plan = self.plan.spec, self.plan
         assembler = Assembler(plan)
-        ahead: queue.Queue[tuple[Block, Samples] | BaseException | None] = queue.Queue(spec.prefetch_blocks)
-        closed = threading.Event()
 
-        def put(item: tuple[Block, Samples] | BaseException | None) -> None:
-            while not closed.is_set():
-                with contextlib.suppress(queue.Full):
-                    ahead.put(item, timeout=0.1)
-                    return
+        def read(number: int) -> tuple[Block, Samples]:
+            block = plan.block(number)
+            return block, read_rows(spec.source, block.rows, block.wanted, spec.needs, spec.seed)
 
-        def read() -> None:
-            try:
-                for number in range(plan.blocks):
-                    if closed.is_set():
-                        return
-                    block = plan.block(number)
-                    put((block, read_rows(spec.source, block.rows, block.wanted, spec.needs, spec.seed)))
-                put(None)
-            except BaseException as error:  # Raised where the stream is consumed.
-                put(error)
-
-        thread = threading.Thread(target=read, name="diptych-stream", daemon=True)
-        thread.start()
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="diptych-stream")
+        # Each thread has a block in hand while `prefetch_blocks` are ready.
+        numbers = iter(range(plan.blocks))
+        ahead = deque(pool.submit(read, number) for number in itertools.islice(numbers, spec.prefetch_blocks + self.threads))
         try:
-            while (item := ahead.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield from assembler.add(*item)
+            while ahead:
+                found = ahead.popleft().result()
+                ahead.extend(pool.submit(read, number) for number in itertools.islice(numbers, 1))
+                yield from assembler.add(*found)
         finally:
-            closed.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)

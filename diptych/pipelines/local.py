@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def train_here(config: RunConfig, run_dir: Path, trial: Trial | None = None, make_stream: StreamFactory | None = None) -> dict[str, Any]:
     """Prepare and train `config` with one worker, leaving the run folder that `diptych train` would; returns `result.json`.
 
-    `trial` says where a sweep would stop it; without `make_stream` a thread reads, and no Ray is needed.
+    `trial` says where a sweep would stop it; without `make_stream` threads of this process read, and no Ray is needed.
     """
     import torch
 
-    from diptych.datasets.stream import LocalStream
-    from diptych.pipelines.session import payload_of, run_session
+    from diptych.pipelines.session import own_reading, payload_of, run_session
 
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config, run_dir)
     (run_dir / "config.json").write_text(prepared.config.to_json(public=True))
-    result = run_session(payload_of(prepared, run_dir, trial), prepared.config, torch.device("cpu"), make_stream or LocalStream)
+    stream = make_stream or own_reading(prepared.config)
+    result = run_session(payload_of(prepared, run_dir, trial), prepared.config, torch.device("cpu"), stream)
     write_driver(run_dir, {"driver": "", "status": result["status"], "digest": prepared.facts["digest"], "run_id": "", "uri": ""})
     return json.loads((run_dir / "result.json").read_text())

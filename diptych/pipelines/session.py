@@ -70,24 +70,27 @@ def train_worker(payload: dict[str, Any]) -> None:
 
 
 def _make_stream(config: RunConfig, world_size: int) -> StreamFactory:
-    """Read tasks on `cluster.data_cpus`, or a thread of the worker where that is 0; the shares are the same.
+    """Read tasks on `cluster.data_cpus`, or threads of the worker where that is 0; the shares are the same.
 
     Where every core trains, readers and the processes of Ray Data have none of their own, and each hold-up of one worker holds up all.
     """
     if not config.cluster.data_cpus:
-        from diptych.datasets.stream import LocalStream
-
-        return LocalStream
+        return own_reading(config)
     from diptych.datasets.ray_stream import RayStream
 
     return partial(RayStream, cpus=config.cluster.data_cpus / world_size, claims=not ray_context.is_elastic(config))
 
 
+def own_reading(config: RunConfig) -> StreamFactory:
+    """`cluster.read_threads` of this process."""
+    from diptych.datasets.stream import LocalStream
+
+    return partial(LocalStream, threads=config.cluster.read_threads)
+
+
 def train_alone(payload: dict[str, Any]) -> None:
     """The same for a run of one worker that needs no process group: the body of a Ray task, which reads its shards itself."""
     import torch
-
-    from diptych.datasets.stream import LocalStream
 
     config = RunConfig.from_json(payload["config"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -95,7 +98,7 @@ def train_alone(payload: dict[str, Any]) -> None:
     if os.path.isdir(payload["cwd"]):
         os.chdir(payload["cwd"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    run_session(payload, config, torch.device("cuda" if config.cluster.gpus_per_worker else "cpu"), LocalStream)
+    run_session(payload, config, torch.device("cuda" if config.cluster.gpus_per_worker else "cpu"), own_reading(config))
 
 
 def run_session(

@@ -152,8 +152,8 @@ def test_a_signal_leaves_a_run_that_goes_on(shards: Path, references: dict[int, 
 
 def test_who_reads_changes_nothing(shards: Path, references: dict[int, Path], tmp_path: Path) -> None:
     """Workers that read for themselves, and after a stop read tasks: the run of read tasks alone."""
-    for readers, steps in ((0, 23), (2, STEPS)):
-        result = train(overrides(shards, "threads", train__steps=steps, cluster__data_cpus=readers))
+    for readers, threads, steps in ((0, 3, 23), (2, 1, STEPS)):
+        result = train(overrides(shards, "threads", train__steps=steps, cluster__data_cpus=readers, cluster__read_threads=threads))
         assert (result["status"], result["step"]) == ("finished", steps)
     assert_same_run(tmp_path / "runs/threads", references[2])
 

@@ -171,6 +171,7 @@ def test_overrides_apply_in_order(config: RunConfig) -> None:
         ("data.validation_share=1", ["data.validation_share", "1", "less than 1"]),
         ("train={}", ["train", "one of its keys", "global_batch_size"]),
         ("train.steps", ["train.steps", "KEY=VALUE", "Example"]),
+        ("cluster.read_threads=2", ["cluster.read_threads", "2", "cluster.data_cpus=0"]),
         ("train.offload=true", ["train.offload", "ddp", "zero1"]),
         ("train.micro_batches=100000", ["train.micro_batches", "100000", "global_batch_size"]),
     ],

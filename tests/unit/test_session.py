@@ -100,12 +100,19 @@ def test_a_session_trains_with_denormals_flushed_and_sets_them_back(tmp_path: Pa
     assert denormal_product() > 0
 
 
-@pytest.mark.parametrize(("data_cpus", "name", "imported"), [(0, "LocalStream", "False"), (3, "RayStream", "True")])
-def test_workers_without_data_cpus_read_for_themselves_and_leave_ray_data_out(data_cpus: int, name: str, imported: str) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["cluster.data_cpus=0"], "LocalStream {'threads': 1} False"),
+        (["cluster.data_cpus=0", "cluster.read_threads=3"], "LocalStream {'threads': 3} False"),
+        (["cluster.data_cpus=3"], "RayStream {'cpus': 1.5, 'claims': True} True"),
+    ],
+)
+def test_workers_without_data_cpus_read_for_themselves_and_leave_ray_data_out(chosen: list[str], expected: str) -> None:
     code = (
         "import sys; from diptych.config import apply_overrides, load_recipe; from diptych.pipelines.session import _make_stream\n"
-        f"made = _make_stream(apply_overrides(load_recipe('coca', 'smoke'), ['cluster.data_cpus={data_cpus}']), 2)\n"
-        "print(getattr(made, 'func', made).__name__, getattr(made, 'keywords', {}).get('cpus', 0.0), 'ray.data' in sys.modules)"
+        f"made = _make_stream(apply_overrides(load_recipe('coca', 'smoke'), {chosen}), 2)\n"
+        "print(made.func.__name__, made.keywords, 'ray.data' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [name, str(data_cpus / 2), imported]
+    assert done.stdout.strip() == expected

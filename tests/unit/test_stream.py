@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,12 +195,57 @@ def test_blocks_out_of_order_are_refused(spec: StreamSpec) -> None:
 
 
 def test_a_consumer_that_stops_early_leaves_no_thread(spec: StreamSpec) -> None:
-    import threading
+    def readers() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("diptych-stream")]
 
-    iterator = iter(LocalStream(replace(spec, block_megabytes=0.003), 0, 1, 0, 10_000))
+    iterator = iter(LocalStream(replace(spec, block_megabytes=0.003), 0, 1, 0, 10_000, threads=3))
     next(iterator)
+    assert len(readers()) == 3
     iterator.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "diptych-stream"]
+    assert not readers()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_side_by_side_give_the_shares_of_one(spec: StreamSpec, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of `threads` blocks ends last, and not before all are under way."""
+    small = replace(spec, block_megabytes=0.0005)
+    expected = list(LocalStream(small, 1, 2, 3, 30))
+    together, rows_read, read_rows = threading.Barrier(threads), [], stream.read_rows
+
+    def read(source: SampleSource, rows: np.ndarray, slots: np.ndarray, *others: Any) -> stream.Samples:
+        rows_read.append(len(rows))
+        if threading.current_thread().name.startswith("diptych-stream") and len(rows_read) <= threads:
+            first = len(rows_read) == 1
+            together.wait(timeout=20)
+            time.sleep(0.2 * first)
+        return read_rows(source, rows, slots, *others)
+
+    monkeypatch.setattr(stream, "read_rows", read)
+    assert_same(expected, list(LocalStream(small, 1, 2, 3, 30, threads=threads)))
+    assert Plan(small, 1, 2, 3, 30).blocks > 2 * threads
+    assert not together.broken
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_is_read_ahead_than_is_asked_for(spec: StreamSpec, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, read_rows = [], stream.read_rows
+
+    def read(*given: Any) -> stream.Samples:
+        begun.append(given)
+        return read_rows(*given)
+
+    monkeypatch.setattr(stream, "read_rows", read)
+    good = Selection(np.array([0, 1, 2, 3, 5, 6, 7, 8]), 8, "good")
+    iterator = iter(LocalStream(replace(spec, selection=good, block_megabytes=1e-4, global_batch_size=1), 0, 1, 0, 1000, threads=threads))
+    for taken in (1, 2, 3):
+        next(iterator)
+        most = taken + spec.prefetch_blocks + threads
+        deadline = time.monotonic() + 20
+        while len(begun) < most and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(begun) == most
+    iterator.close()
 
 
 def test_planning_costs_nothing_per_step(spec: StreamSpec) -> None:
@@ -237,6 +285,8 @@ def test_wrong_calls_are_refused(spec: StreamSpec) -> None:
         Plan(spec, 2, 2, 0, 1)
     with pytest.raises(ValueError, match="stop_step"):
         Plan(spec, 0, 1, 0, None)
+    with pytest.raises(ValueError, match="threads: 0"):
+        LocalStream(spec, 0, 1, 0, 1, threads=0)
 
 
 def test_a_path_is_not_needed_to_open_a_stream(spec: StreamSpec, tmp_path: Path) -> None:
