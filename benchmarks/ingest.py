@@ -1,10 +1,11 @@
-"""Images per second from the same tars on the same cores: our stream, webdataset's DataLoader, Ray's read_webdataset, mosaicml-streaming, bare decode.
+"""Images per second from the same tars on the same cores: our streams, webdataset's DataLoader, Ray's read_webdataset, mosaicml-streaming, bare decode.
 
     .venv/bin/python benchmarks/ingest.py --size 512 1024 --shards ../shared/data/pomological/shards --repeat 3 --peers FOLDER
 
 Made data of each `--size`: crops of pictures with the spectrum of natural images (1/f noise, correlated colours), JPEG quality 95 as img2dataset writes
 them; then the shards of `--shards`. At equal decode every contender uses Pillow with `draft`; as shipped, webdataset decodes with `decode("pil")` and
-resizes, Ray with its own decoder and resizes, ours with `data.decoder=auto`. mosaicml-streaming reads its own format, whose making is timed beside our
+resizes, Ray with its own decoder and resizes, ours with `data.decoder=auto`. Ours reads in two ways, whose samples are the same: by read tasks on Ray, as a
+command does unless told otherwise, and by as many threads of the worker as there are cores (`cluster.data_cpus=0 cluster.read_threads=N`, "own reading"). mosaicml-streaming reads its own format, whose making is timed beside our
 index of the tars; it takes part if it can be imported, also from `--peers FOLDER` (its pins do not go with ours). Every measurement is a fresh process; its clock runs from about a third of
 the images to about five sixths of them, so that neither start-up nor what was read ahead counts, and `first` is the time to the first batch.
 Of pictures below 1024² three times as many are taken, of `--shards`, which may be small, four times, so that a measurement lasts ten seconds.
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from _fresh import add_peers_option, can_import, fresh
@@ -34,19 +35,29 @@ from _memory import status_megabytes
 from _results import Results, Row, add_option
 from PIL import Image
 
+if TYPE_CHECKING:
+    from diptych.datasets.stream import StreamSpec
+
 BATCH = 64
 LEAST = 4000
 """Images of a measurement: of fewer, the blocks under way when the clock starts and stops are too large a part."""
-GOALS = (
-    ("ours", "webdataset", 1.0, "at equal decode"),
-    ("ours", "ray", 2.5, "at equal decode"),
-    ("ours", "mosaic", 1.0, "at equal decode"),
-    ("ours", "bare", 0.85, "at equal decode"),
-    ("ours-shipped", "webdataset-shipped", 2.5, "as shipped"),
-    ("ours-shipped", "ray-shipped", 5.0, "as shipped"),
+PAIRS = (
+    ("threads", "webdataset", 1.0, "at equal decode, own reading"),
+    ("threads", "ray", 2.5, "at equal decode, own reading"),
+    ("threads", "mosaic", 1.0, "at equal decode, own reading"),
+    ("threads", "bare", 0.85, "at equal decode, own reading"),
+    ("tasks", "webdataset", None, "at equal decode"),
+    ("tasks", "ray", None, "at equal decode"),
+    ("tasks", "mosaic", None, "at equal decode"),
+    ("tasks", "bare", None, "at equal decode"),
+    ("tasks-shipped", "webdataset-shipped", 2.5, "as shipped"),
+    ("tasks-shipped", "ray-shipped", 5.0, "as shipped"),
+    ("threads-shipped", "webdataset-shipped", None, "as shipped, own reading"),
 )
+"""Ours, whom beside, the goal for the ratio, and what the pair have in common. At equal decode the goal is for the faster of our two
+ways to read, as shipped for the one that a command takes unless told otherwise."""
 MEASURED_ONCE = ("ray-shipped",)
-"""Of minutes a turn, and several times below its goal."""
+"""Of minutes a turn, and several times slower than its goal allows."""
 PEERS = {
     "webdataset": "webdataset's DataLoader",
     "ray": "Ray's read_webdataset",
@@ -122,24 +133,38 @@ def timed(batches: Iterable[int], images: int) -> dict[str, float]:
     return {"rate": (seen[stop] - seen[start]) / (times[stop] - times[start]), "first": times[0], "images": seen[-1]}
 
 
-def ours(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
-    """RayStream of one worker."""
+def spec_of(folder: Path, target: int, decoder: str) -> StreamSpec:
+    """What both of our streams read."""
     from diptych.batches import ImageNeed, Needs
     from diptych.config import DataConfig
     from diptych.datasets.keep import Selection
     from diptych.datasets.manifest import open_manifest
-    from diptych.datasets.ray_stream import RayStream
     from diptych.datasets.reader import SampleSource
     from diptych.datasets.stream import StreamSpec
-    from diptych.pipelines.ray_context import ray_session
 
     manifest = open_manifest(str(folder))
     source = SampleSource.of(manifest, None, DataConfig(decoder=decoder))
-    spec = StreamSpec(source, Selection(None, manifest.samples, manifest.digest), Needs(image=ImageNeed(target)), 0, BATCH)
+    return StreamSpec(source, Selection(None, manifest.samples, manifest.digest), Needs(image=ImageNeed(target)), 0, BATCH)
+
+
+def tasks(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
+    """One worker's stream from read tasks on `cores`."""
+    from diptych.datasets.ray_stream import RayStream
+    from diptych.pipelines.ray_context import ray_session
+
+    spec = spec_of(folder, target, decoder)
     with ray_session(cores, logical_cpus=cores):
         stream = RayStream(spec, 0, 1, 0, images // BATCH, cpus=cores)
         result = timed((len(share.arrays["image"]) for share in stream), images)
         return result | {"peak_rss": read_worker_peak()}
+
+
+def threads(folder: Path, images: int, target: int, cores: int, decoder: str) -> dict[str, float]:
+    """One worker's stream, read by `cores` threads of its own."""
+    from diptych.datasets.stream import LocalStream
+
+    stream = LocalStream(spec_of(folder, target, decoder), 0, 1, 0, images // BATCH, threads=cores)
+    return timed((len(share.arrays["image"]) for share in stream), images)
 
 
 def read_worker_peak() -> float:
@@ -284,8 +309,8 @@ def measure(name: str, folder: Path, images: int, target: int, cores: int) -> di
         return preparation(folder, name.removeprefix("prepare-"))
     shipped = name.endswith("-shipped")
     kind = name.removesuffix("-shipped")
-    if kind == "ours":
-        return ours(folder, images, target, cores, "auto" if shipped else "pil")
+    if kind in ("tasks", "threads"):
+        return (tasks if kind == "tasks" else threads)(folder, images, target, cores, "auto" if shipped else "pil")
     if kind == "bare":
         return bare(folder, images, target, cores)
     if kind == "mosaic":
@@ -327,15 +352,15 @@ def measured(name: str, options: argparse.Namespace, case: Case) -> dict[str, fl
 
 def compare(options: argparse.Namespace, case: Case, results: Results) -> dict[str, Any]:
     """All contenders in turns; rates and ratios."""
-    goals = list(GOALS)
+    pairs = list(PAIRS)
     if not can_import("streaming", options.peers):
         print("left out: mosaicml-streaming cannot be imported; --peers FOLDER names where it is installed", file=sys.stderr)
-        goals = [goal for goal in goals if goal[1] != "mosaic"]
+        pairs = [pair for pair in pairs if pair[1] != "mosaic"]
     else:
         prepare(options, case, results)
     if options.only_prepare:
         return {}
-    names = list(dict.fromkeys(name for goal in goals for name in goal[:2]))
+    names = list(dict.fromkeys(name for pair in pairs for name in pair[:2]))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(options.repeat):
         for name in names:
@@ -350,9 +375,9 @@ def compare(options: argparse.Namespace, case: Case, results: Results) -> dict[s
         print(
             f"  {name:20} {statistics.median(found):7.0f} images/s  ({min(found):.0f} to {max(found):.0f}), first batch after {first:.1f} s"
         )
-    for one, other, goal, what in goals:
-        _record(results, runs, (one, other, goal, what), case.name)
-    ratios = {f"{one}/{other}": statistics.median(rates[one]) / statistics.median(rates[other]) for one, other, *_ in goals}
+    for pair in pairs:
+        _record(results, runs, pair, case.name)
+    ratios = {f"{one}/{other}": statistics.median(rates[one]) / statistics.median(rates[other]) for one, other, *_ in pairs}
     return {"rates": rates, "ratios": ratios}
 
 
@@ -366,9 +391,9 @@ def prepare(options: argparse.Namespace, case: Case, results: Results) -> None:
     results.add(Row(what, "s", seconds["ours"], PEERS["mosaic"], seconds["mosaic"], less=True))
 
 
-def _record(results: Results, runs: dict[str, list[dict[str, float]]], goal: tuple[str, str, float, str], case: str) -> None:
+def _record(results: Results, runs: dict[str, list[dict[str, float]]], pair: tuple[str, str, float | None, str], case: str) -> None:
     """Rates of a pair of contenders, and their times to the first batch where both have one."""
-    one, other, at_least, what = goal
+    one, other, at_least, what = pair
     peer = PEERS[other.removesuffix("-shipped")]
     rates, first = ([[run[key] for run in runs[name]] for name in (one, other)] for key in ("rate", "first"))
     results.add(Row(f"{case}, {what}, beside {peer}", "images/s", rates[0], peer, rates[1], at_least=at_least, headline=True))
@@ -378,7 +403,7 @@ def _record(results: Results, runs: dict[str, list[dict[str, float]]], goal: tup
 
 def memory(options: argparse.Namespace, case: Case, results: Results) -> dict[str, Any]:
     """Peak of a read worker."""
-    found = measured("ours-shipped", options, case)
+    found = measured("tasks-shipped", options, case)
     assert found["peak_rss"] > 0, "no read worker was found"
     results.add(Row(f"{case.name}: peak of a read worker", "GB", [found["peak_rss"] / 1e9], at_most=MEMORY_GOAL / 1e9))
     return found
