@@ -4,7 +4,7 @@
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
-With 2 workers the bare loop is DDP under torchrun. Ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
+With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
 for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
 turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads
 are on a core in a step, how long they wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
@@ -46,7 +46,7 @@ RECIPES = {
 LOG_EVERY = 2
 """Steps between two lines of our log: a turn has many."""
 GOAL, DIM, KEPT, ENDLESS, PEER = 0.97, 96, 24, 100_000_000, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
-HOW = {1: {"1 worker": 2, "1 worker that reads for itself": 0}, 2: {"2 workers": 2, "2 workers that read for themselves": 0}}
+HOW = {1: {"1 worker": 2}, 2: {"2 workers": 2, "2 workers that read for themselves": 0}}
 """`cluster.data_cpus` of what is measured, by number of workers; the goal is for the fewest."""
 STATES = {"on a core": attrgetter("running"), "ready, without one": attrgetter("ready")}
 """Of a training thread, as `Turn` tells them."""
