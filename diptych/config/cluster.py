@@ -19,7 +19,7 @@ class ClusterConfig(Config):
     data_cpus: int = pydantic.Field(2, ge=0)
     """Logical CPUs for reading and decoding, over all workers; 0 = each worker reads for itself, in `read_threads`."""
     read_threads: int = pydantic.Field(1, ge=1)
-    """Threads in which a worker reads and decodes where `data_cpus` is 0: the cheapest way, for a machine whose cores are few."""
+    """Threads in which a worker reads and decodes where `data_cpus` is 0; they share its interpreter."""
     logical_cpus: int = pydantic.Field(0, ge=0)
     """Logical CPUs that a local Ray declares; 0 = what the run needs, which may be more than the machine has."""
     autoscaling: bool = False

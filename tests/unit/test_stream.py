@@ -210,20 +210,23 @@ def test_threads_side_by_side_give_the_shares_of_one(spec: StreamSpec, threads: 
     """The first of `threads` blocks ends last, and not before all are under way."""
     small = replace(spec, block_megabytes=0.0005)
     expected = list(LocalStream(small, 1, 2, 3, 30))
-    together, rows_read, read_rows = threading.Barrier(threads), [], stream.read_rows
+    plan = Plan(small, 1, 2, 3, 30)
+    assert plan.blocks > 2 * threads
+    firsts = [plan.block(number).wanted.tolist() for number in range(threads)]
+    together, ended, read_rows = threading.Barrier(threads), [], stream.read_rows
 
     def read(source: SampleSource, rows: np.ndarray, slots: np.ndarray, *others: Any) -> stream.Samples:
-        rows_read.append(len(rows))
-        if threading.current_thread().name.startswith("diptych-stream") and len(rows_read) <= threads:
-            first = len(rows_read) == 1
+        if slots.tolist() in firsts:
+            number = firsts.index(slots.tolist())
             together.wait(timeout=20)
-            time.sleep(0.2 * first)
+            time.sleep(0 if number else 0.2)
+            ended.append(number)
         return read_rows(source, rows, slots, *others)
 
     monkeypatch.setattr(stream, "read_rows", read)
     assert_same(expected, list(LocalStream(small, 1, 2, 3, 30, threads=threads)))
-    assert Plan(small, 1, 2, 3, 30).blocks > 2 * threads
-    assert not together.broken
+    assert sorted(ended) == list(range(threads))
+    assert ended[-1] == 0
 
 
 @pytest.mark.parametrize("threads", [1, 3])
