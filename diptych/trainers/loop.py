@@ -134,7 +134,7 @@ class _Session:
         self.config, self.strategy, self.validation, self.recorder, self.callbacks = config, strategy, validation, recorder, callbacks
         world, task = strategy.world, strategy.task
         self.progress: Progress = recorder.restore(strategy)
-        self.guard = Guard(config, world.device)
+        self.guard = Guard(config)
         peak = peak_flops(world.device, strategy.precision.name)
         self.throughput = Throughput(config.train.global_batch_size, peak, task.flops_per_sample, world.size)
         self.tokens = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.trainers.randomness import step_seed
+from diptych.trainers.randomness import seed_layers, step_seed
 from diptych.trainers.strategies import Strategy
 from diptych.trainers.task import Batch, Output, Task, Term
 from diptych.trainers.world import World
@@ -107,7 +107,7 @@ def accumulate(
     compared = _gather_first(strategy, micros, seeds, totals) if len(micros) > 1 else None
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
-        torch.manual_seed(seeds[index])
+        seed_layers(seeds[index], world.device)
         output: Output = strategy.forward(micro, last)
         if output.features and compared is None:
             compared = contrast(task, world, output.features, micro["weight"], totals)
@@ -126,7 +126,7 @@ def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], tot
     """Features of all micro-batches, without gradients and from the same random state as the forward passes to come."""
     parts = []
     for micro, seed in zip(micros, seeds, strict=True):
-        torch.manual_seed(seed)
+        seed_layers(seed, strategy.world.device)
         features = strategy.features(micro)
         if not features:
             return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from diptych.batches import Fault, StepBatch
 from diptych.trainers.micro_batches import make_micro_batches
 from diptych.trainers.objective import add_terms, loss_value
-from diptych.trainers.randomness import step_seed
+from diptych.trainers.randomness import seed_layers, step_seed
 from diptych.trainers.strategies import Strategy
 from diptych.trainers.task import Task, Term
 from diptych.trainers.world import World
@@ -40,7 +40,7 @@ def validate(
     losses: set[str] = set()
     with _evaluating(strategy):
         for index, share in enumerate(batches):
-            torch.manual_seed(step_seed(seed, -1, index, world.rank))
+            seed_layers(step_seed(seed, -1, index, world.rank), world.device)
             for batch in make_micro_batches(task, share.arrays, 1, world.device):
                 result = strategy.validate(batch)
                 losses |= set(task.weights(batch))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.trainers.randomness import bernoulli, integers, normal, step_seed, uniform
+from diptych.trainers.randomness import bernoulli, integers, normal, seed_layers, step_seed, uniform
 
 SLOTS = torch.arange(2000)
 
@@ -99,3 +99,14 @@ def test_step_seeds_differ_by_every_part() -> None:
     seeds = {step_seed(seed, step, micro, rank) for seed in range(3) for step in range(20) for micro in range(4) for rank in range(4)}
     assert len(seeds) == 3 * 20 * 4 * 4
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@given(st.integers(0, 2**63 - 1))
+@settings(max_examples=20, deadline=None)
+def test_layers_are_seeded_as_by_torch(seed: int) -> None:
+    torch.manual_seed(seed)
+    expected = torch.rand(3), torch.nn.functional.dropout(torch.ones(50))
+    seed_layers(seed, torch.device("cpu"))
+    assert all(
+        torch.equal(one, other) for one, other in zip(expected, (torch.rand(3), torch.nn.functional.dropout(torch.ones(50))), strict=True)
+    )
