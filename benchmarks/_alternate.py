@@ -193,6 +193,15 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
     return {name: [_turn(program.ends(), *one) for one in slices[name]] for name, program in programs.items()}
 
 
+def alternate_starts(programs: Callable[[], Mapping[str, Program]], starts: int, turns: int, seconds: float) -> dict[str, list[Turn]]:
+    """The turns of each of `programs()`, all of them started anew `starts` times: where memory lies is chance, and makes 5 % for as long as it lives."""
+    found: dict[str, list[Turn]] = {}
+    for _ in range(starts):
+        for name, done in alternate(programs(), turns, seconds).items():
+            found.setdefault(name, []).extend(done)
+    return found
+
+
 def _end_once(*_: object) -> NoReturn:
     # Asked again, as `timeout` does, it would stop ending its programs.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

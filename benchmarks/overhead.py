@@ -1,12 +1,12 @@
 """What `diptych train` costs beside a bare PyTorch loop on tensors in memory, and how long it takes from the command to the first step.
 
-    .venv/bin/python benchmarks/overhead.py OUT --repeat 8 --seconds 5
+    .venv/bin/python benchmarks/overhead.py OUT --starts 3 --repeat 2 --seconds 5
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
 dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
 With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
 for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
-turns of `--seconds`. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads
+turns of `--seconds` in each of `--starts` starts, which differ by some 5 %. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads
 are on a core in a step, how long they wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
 goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the
 share of a step of our loop, in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
@@ -28,7 +28,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from _alternate import Program, StepLog, alternate, logged_steps, read_steps
+from _alternate import Program, StepLog, alternate, alternate_starts, logged_steps, read_steps
 from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
@@ -297,16 +297,18 @@ def watch(seen: dict[str, float]) -> None:
         time.sleep(0.2)
 
 
+def sides(task: str, workers: int, options: argparse.Namespace) -> dict[str, Program]:
+    """The bare loop, ours in each way to read, and with `--parts` what tells them apart."""
+    programs = {"bare": bare(task, options.out, workers)}
+    programs |= {how: ours(task, options.out, workers, readers) for how, readers in HOW[workers].items()}
+    return programs | {source: part(task, options.out, workers, source) for source in SOURCES if options.parts}
+
+
 def compare(task: str, options: argparse.Namespace, results: Results) -> None:
     """One task, with each number of workers: both sides in turns."""
     size = load_recipe(task, RECIPES[task]).train.global_batch_size
     for workers in options.workers:
-        programs = {"bare": bare(task, options.out, workers)} | {
-            how: ours(task, options.out, workers, readers) for how, readers in HOW[workers].items()
-        }
-        if options.parts:
-            programs |= {source: part(task, options.out, workers, source) for source in SOURCES}
-        found = alternate(programs, options.repeat, options.seconds)
+        found = alternate_starts(lambda workers=workers: sides(task, workers, options), options.starts, options.repeat, options.seconds)
         rates = {side: [turn.rate * size for turn in turns] for side, turns in found.items()}
         for how, readers in HOW[workers].items():
             what = f"{task}/{RECIPES[task]} as a command, batch {size}, fp32, {how}"
@@ -369,7 +371,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["rate", "start"], default=["rate", "start"])
     parser.add_argument("--seconds", type=float, default=5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--repeat", type=int, default=2, help="turns of a start")
+    parser.add_argument("--starts", type=int, default=3, help="of all sides, one after the other")
     parser.add_argument("--parts", action="store_true", help="also our loop without Ray, from memory and reading in a thread")
     parser.add_argument("--part", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
