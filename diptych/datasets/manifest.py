@@ -219,19 +219,11 @@ class Manifest:
             return self._parquet.read_row_group(group, columns=columns, use_threads=False)
 
 
-def default_folder(shards: str) -> str:
-    """Where the manifest of `shards` goes: `.diptych` beside local shards, or in the working folder if that cannot be written.
-
-    A single tar or a pattern has its own folder, so that it does not replace the manifest of the whole folder.
-    """
-    root = common_root(storage.list_shards(shards))
-    beside, elsewhere = _places(shards, root)
-    return beside if storage.is_local(root) and _writable(root) else elsewhere
-
-
 def open_manifest(shards: str, folder: str = "", jobs: int | None = None, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """The manifest of `shards`, built if there is none, brought up to date where shards or their statistics changed.
 
+    Without `folder` it is in `.diptych` beside local shards, or in the working folder if that cannot be written. A single
+    tar or a pattern has its own folder, so that it does not replace the manifest of the whole folder.
     A manifest that stands beside the shards and is up to date is used wherever it cannot be written too. `progress` is
     called with (shards walked, shards to walk). Raises `ConfigError` if there are no shards, or if `folder` cannot be
     written, and `ReadError` if a shard cannot be read.

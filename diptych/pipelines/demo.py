@@ -230,9 +230,7 @@ def _conclude(folder: Path, figures: list[Figure], stages: list[dict[str, Any]])
         "runs": {name: str(folder / "runs" / name) for name in ("coca", "prior")},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    rows = [
-        [figure.name, f"{figure.value:.3f}", figure.target, "✓" if figure.reached else "✗ missed", figure.baseline] for figure in figures
-    ]
+    rows = [[figure.name, f"{figure.value:.3f}", figure.target, _verdict(figure), figure.baseline] for figure in figures]
     show_table(f"{HELD_OUT} held-out scenes", ["figure", "value", "target", "", "baseline"], rows)
     note(f"look at  {page}")
     note(f"runs     {mlflow}")

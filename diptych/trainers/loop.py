@@ -41,8 +41,6 @@ class Callbacks:
     """Asked on every worker before every step; True on any of them writes a checkpoint after that step."""
     record_faults: Callable[[int, int, list[Fault]], None] | None = None
     """`(step, rank, faults)` for every share that met bad samples; step -1 for validation."""
-    on_metrics: Callable[[int, dict[str, float]], None] | None = None
-    """`(steps done, figures)` on every worker, whenever there are new ones; the same figures on each."""
     show: Callable[[int, Task], None] | None = None
     """`(steps done, task)` on every worker after each validation, with averaged weights, in evaluation mode."""
 
@@ -203,8 +201,6 @@ class _Session:
     def _publish(self, figures: dict[str, float]) -> None:
         self.metrics |= figures
         self.recorder.metrics(self.progress.step, figures)
-        if self.callbacks.on_metrics is not None:
-            self.callbacks.on_metrics(self.progress.step, figures)
 
     def due(self, every: int, ends: bool) -> bool:
         """Whether something that happens every `every` steps (0 = only at the end) happens now."""

@@ -22,7 +22,7 @@ from support_manifest import sample, write_set, write_tar
 
 from diptych.config import ConfigError
 from diptych.datasets import storage
-from diptych.datasets.manifest import Manifest, default_folder, open_manifest
+from diptych.datasets.manifest import Manifest, open_manifest
 from diptych.datasets.survey import SCHEMA, key_hash
 
 POMOLOGICAL = Path(__file__).parents[3] / "shared" / "data" / "pomological"
@@ -148,19 +148,17 @@ def test_a_run_keeps_its_version_while_shards_are_added(tmp_path):
         Manifest.load(first.folder, digest=first.digest)
 
 
-def test_default_folder(tmp_path, monkeypatch):
+def test_a_manifest_goes_beside_its_shards_or_into_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_set(tmp_path / "set")
-    assert default_folder(folder) == f"{folder}/.diptych"
-    one, some = default_folder(f"{folder}/00000.tar"), default_folder(f"{folder}/{{00000..00001}}.tar")
-    assert len({one, some, f"{folder}/.diptych"}) == 3
-    assert one.startswith(f"{folder}/.diptych/")
     os.chmod(folder, 0o555)
-    elsewhere = default_folder(folder)
-    assert elsewhere.startswith(f"{tmp_path}/.diptych/manifests/set-")
-    assert open_manifest(folder).folder == elsewhere
+    assert open_manifest(folder).folder.startswith(f"{tmp_path}/.diptych/manifests/set-")
     assert not os.path.exists(f"{folder}/.diptych")
     os.chmod(folder, 0o755)
+    assert open_manifest(folder).folder == f"{folder}/.diptych"
+    one, some = open_manifest(f"{folder}/00000.tar").folder, open_manifest(f"{folder}/{{00000..00001}}.tar").folder
+    assert len({one, some, f"{folder}/.diptych"}) == 3
+    assert one.startswith(f"{folder}/.diptych/")
 
 
 def test_a_manifest_that_came_with_read_only_shards_is_used(tmp_path, monkeypatch):
@@ -171,7 +169,7 @@ def test_a_manifest_that_came_with_read_only_shards_is_used(tmp_path, monkeypatc
     assert open_manifest(folder).folder == f"{folder}/.diptych"
     os.truncate(tmp_path / "set" / "00000.tar", 5000)
     stale = open_manifest(folder)
-    assert stale.folder == default_folder(folder) != f"{folder}/.diptych"
+    assert stale.folder.startswith(f"{tmp_path}/.diptych/manifests/set-")
     assert len(stale.faults) == 1
     os.chmod(folder, 0o755)
 

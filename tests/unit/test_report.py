@@ -15,7 +15,7 @@ import pytest
 from diptych.config import ConfigError, apply_overrides, load_recipe
 from diptych.datasets import scenes
 from diptych.datasets.shards import ShardWriter
-from diptych.pipelines import evaluate, report
+from diptych.pipelines import demo, evaluate, report
 from diptych.pipelines.local import train_here
 from diptych.pipelines.report import Figure
 from diptych.pipelines.samples import grid_boxes, write_grid
@@ -139,6 +139,17 @@ def test_what_comes_from_data_is_escaped(trained: Path, tmp_path: Path) -> None:
     assert "<b>run</b>" not in text  # the run's name stands in its configuration
     assert "✗ target: at least 0.7" in text
     assert "chance: 0.005" in text
+
+
+def test_the_demo_judges_figures_that_have_a_target(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("coca", "prior"):
+        (tmp_path / "runs" / name).symlink_to(trained)
+    figures = [Figure("first", 0.5, "at least 0.4"), Figure("second", 0.3, "at least 0.4", reached=False), Figure("third", 0.2)]
+    assert demo._conclude(tmp_path, figures, [])["reached"] is False
+    lines = "".join(capfd.readouterr()).splitlines()
+    told = {name: next(line for line in lines if name in line) for name in ("first", "second", "third")}
+    assert [("✓" in line, "missed" in line) for line in told.values()] == [(True, False), (False, True), (False, False)]
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 24])
