@@ -50,6 +50,8 @@ HOW = {1: {"1 worker": 2}, 2: {"2 workers": 2, "2 workers that read for themselv
 """`cluster.data_cpus` of what is measured, by number of workers; the goal is for the fewest."""
 STATES = {"on a core": attrgetter("running"), "ready, without one": attrgetter("ready")}
 """Of a training thread, as `Turn` tells them."""
+BESIDE = "MLflow, while Ray starts"
+"""The stage that takes no time of its own."""
 SOURCES = {"memory": "batches in memory", "thread": "reading in a thread"}
 OWN_STEPS, OWN_TURNS, STARTS = 50, 3, 3
 
@@ -262,7 +264,7 @@ def startup(out: Path, began: float) -> dict[str, float]:
         setattr(train, name, wrapper)
 
     timed("prepare", "data: manifest, split, tokenizer")
-    timed("_tracker", "MLflow")
+    timed("_tracker", BESIDE)
     noted("_train", "before Ray")
     noted("_fit", "Ray is up")
     threading.Thread(target=watch, args=(seen,), daemon=True).start()
@@ -280,7 +282,7 @@ def startup(out: Path, began: float) -> dict[str, float]:
     stages["first batch"] = figures["train/data_wait_share"] * elapsed
     stages["first step"] = elapsed - stages["first batch"]
     total = first["time"] - began
-    return stages | {"other": total - sum(stages.values()), "all": total}
+    return stages | {"other": total - sum(seconds for name, seconds in stages.items() if name != BESIDE), "all": total}
 
 
 def watch(seen: dict[str, float]) -> None:
