@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support_training import pair_config
 
 from diptych.trainers.guard import Diverged, Guard
-from tests.support_training import pair_config
 
 
 class OnDevice(torch.Tensor):
