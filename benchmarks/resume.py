@@ -107,8 +107,9 @@ SIDES = {"ours": ours, "webdataset": webdataset, "stateful": stateful}
 
 
 def measured(side: str, slot: int, options: argparse.Namespace) -> float:
-    """One measurement, in a process of its own."""
-    return float(fresh(__file__, [str(options.out), "--side", side, "--slots", str(slot)], options.peers)["seconds"])
+    """One measurement, in a process of its own; ours in its own environment, not with what the peers' folder holds of the same libraries."""
+    peers = None if side == "ours" else options.peers
+    return float(fresh(__file__, [str(options.out), "--side", side, "--slots", str(slot)], peers)["seconds"])
 
 
 def main() -> None:
