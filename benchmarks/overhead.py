@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/overhead.py OUT --starts 3 --repeat 2 --seconds 5
 
-For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of a
-dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed as ours, at the same batch size.
-With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for themselves (`cluster.data_cpus=0`). The goal is
-for the latter: two cores have none to spare. All train without end and are let run in turns, each stopped while another one runs (`_alternate.py`), `--repeat`
-turns of `--seconds` in each of `--starts` starts, which differ by some 5 %. Exit status 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads
-are on a core in a step, how long they wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
-goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the
-share of a step of our loop, in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
+For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of
+a dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed and freed memory kept as
+ours, at the same batch size. With 2 workers the bare loop is DDP under torchrun, and ours are measured both with read tasks and reading for
+themselves (`cluster.data_cpus=0`). The goal is for the latter: two cores have none to spare. All train without end and are let run in turns, each
+stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds` in each of `--starts` starts, which differ by some 5 %. Exit status
+1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads are on a core in a step, how long they
+wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's
+place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop,
+in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
 The start is measured with all files in the page cache, after a call that does not count.
 """
 
@@ -151,11 +152,14 @@ def loop(task_name: str, out: Path, steps: Path) -> None:
     import torch.distributed as dist
 
     from diptych.pipelines.prepare import prepare
+    from diptych.trainers.host_memory import keep_freed_memory
     from diptych.trainers.tasks import load_task_class
 
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as our workers do
+    # As our workers do.
+    keep_freed_memory()
+    torch.set_flush_denormal(True)
     if size > 1:
         dist.init_process_group("gloo")
     folder = out / f"bare-{os.getpid()}"

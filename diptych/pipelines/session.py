@@ -118,6 +118,7 @@ def run_session(
 
     from diptych.trainers.attempts import Fenced
     from diptych.trainers.guard import Diverged
+    from diptych.trainers.host_memory import keep_freed_memory
     from diptych.trainers.loop import train
     from diptych.trainers.precision import denormals_flushed, set_deterministic
     from diptych.trainers.progress import FaultBudgetExceeded
@@ -129,6 +130,8 @@ def run_session(
 
     run_dir = Path(payload["run_dir"])
     world = World.current(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     result: dict[str, Any]
     try:
         with denormals_flushed():

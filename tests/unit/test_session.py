@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from support_distributed import run_workers
 from support_runs import make_shards, overrides
-from support_training import denormal_product
+from support_training import denormal_product, fresh_pages
 
 from diptych.batches import StepBatch
 from diptych.config import RunConfig
@@ -98,6 +99,14 @@ def test_a_session_trains_with_denormals_flushed_and_sets_them_back(tmp_path: Pa
     assert found
     assert not any(found)
     assert denormal_product() > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such switches")
+def test_a_session_on_a_cpu_keeps_the_memory_of_its_steps(tmp_path: Path) -> None:
+    """Else each step touches anew what the last one has freed."""
+    payload = payload_in(tmp_path)
+    run_session(payload, RunConfig.from_json(payload["config"]), torch.device("cpu"), LocalStream)
+    assert fresh_pages() < 100
 
 
 @pytest.mark.parametrize(
