@@ -37,6 +37,8 @@ class Turn(NamedTuple):
     """Share of the turn that the busiest thread of each of these processes was on a core."""
     ready: list[float]
     """And that it could have been, but had to wait for one."""
+    touched: list[float]
+    """Pages per second that this thread touched anew: each is a fault, for which the system finds and clears memory."""
 
 
 class _Used(NamedTuple):
@@ -46,13 +48,13 @@ class _Used(NamedTuple):
     """By `time.time()`: looking at many threads takes a while, in which they go on."""
     seconds: float
     """Of processors."""
-    threads: dict[str, tuple[float, float]]
-    """Seconds on a core, and ready without one, by thread."""
+    threads: dict[str, tuple[float, float, int]]
+    """Seconds on a core, ready without one, and pages touched anew, by thread."""
 
 
 MARK = "DIPTYCH_BENCHMARK_PROGRAM"
-WARM, START_SECONDS, STOP_SECONDS = 3, 300.0, 120.0
-"""Entries of `Ends` after which a program is warm, and how long it may take to start and to end."""
+WARM, START_SECONDS = 3, 300.0
+"""Entries of `Ends` after which a program is warm, and how long it may take to get there."""
 SETTLE_SECONDS = 1.5
 """Of each turn, before it counts."""
 
@@ -141,17 +143,13 @@ class _Running:
             told |= new
 
     def end(self) -> None:
-        """Ask it to end, and end what is left of it."""
-        self.signal(signal.SIGCONT)
-        self._popen.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(STOP_SECONDS)
-        left = [one for one in psutil.process_iter() if self._is_marked(one)]
-        for one in left:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        self._popen.wait()
-        psutil.wait_procs(left, 1)  # What is killed may stay as a zombie of somebody else.
+        """End all its processes at once: nobody wants its last checkpoint, and of Ray's parts each would wait for others."""
+        while left := [one for one in psutil.process_iter() if self._is_marked(one)]:
+            for one in left:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self._popen.wait()
+            psutil.wait_procs(left, 1)  # What is killed may stay as a zombie of somebody else.
 
     def _family(self) -> set[psutil.Process]:
         try:
@@ -208,29 +206,29 @@ def _end_once(*_: object) -> NoReturn:
     sys.exit(1)
 
 
-def _scheduled(pid: int) -> dict[str, tuple[float, float]]:
-    """Seconds that each thread was on a core, and ready without one (the kernel's `schedstat`)."""
-    found: dict[str, tuple[float, float]] = {}
-    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+def _scheduled(pid: int) -> dict[str, tuple[float, float, int]]:
+    """Seconds that each thread was on a core, and ready without one (the kernel's `schedstat`), and its minor faults (`stat`)."""
+    found: dict[str, tuple[float, float, int]] = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
         with suppress(OSError):  # A thread may end meanwhile.
-            running, ready, _ = path.read_text().split()
-            found[path.parent.name] = (int(running) / 1e9, int(ready) / 1e9)
+            running, ready, _ = (thread / "schedstat").read_text().split()
+            # Behind the name, which may hold anything, stand the state and numbers: of those the seventh.
+            faults = (thread / "stat").read_text().rpartition(")")[2].split()[7]
+            found[thread.name] = (int(running) / 1e9, int(ready) / 1e9, int(faults))
     return found
 
 
 def _turn(ends: Ends, begin: float, end: float, before: Mapping[int, _Used], after: Mapping[int, _Used]) -> Turn:
-    spent: list[tuple[float, float, float]] = []
+    spent: list[tuple[float, float, float, float]] = []
     for pid, now in after.items():
         then = before.get(pid, _Used(begin, 0.0, {}))
         length = now.when - then.when
         threads = [
-            ((running - was_running) / length, (ready - was_ready) / length)
-            for thread, (running, ready) in now.threads.items()
-            for was_running, was_ready in [then.threads.get(thread, (0.0, 0.0))]
+            tuple((new - old) / length for new, old in zip(used, then.threads.get(thread, (0.0, 0.0, 0)), strict=True))
+            for thread, used in now.threads.items()
         ]
-        spent.append(((now.seconds - then.seconds) / length, *max(threads, default=(0.0, 0.0))))
-    busy, running, ready = map(list, zip(*sorted(spent, reverse=True), strict=True))
-    return Turn(_rate(ends, begin, end), busy, running, ready)
+        spent.append(((now.seconds - then.seconds) / length, *max(threads, default=(0.0, 0.0, 0.0))))
+    return Turn(_rate(ends, begin, end), *map(list, zip(*sorted(spent, reverse=True), strict=True)))
 
 
 def _rate(ends: Ends, begin: float, end: float) -> float:

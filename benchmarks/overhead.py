@@ -8,7 +8,7 @@ ours, at the same batch size. With 2 workers the bare loop is DDP under torchrun
 themselves (`cluster.data_cpus=0`). The goal is for the latter: two cores have none to spare. All train without end and are let run in turns, each
 stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds` in each of `--starts` starts, which differ by some 5 %. Exit status
 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads are on a core in a step, how long they
-wait for one, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's
+wait for one, how many pages they touch anew, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's
 place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop,
 in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
 The start is measured with all files in the page cache, after a call that does not count.
@@ -330,6 +330,10 @@ def compare(task: str, options: argparse.Namespace, results: Results) -> None:
                 one, other = ([1000 * statistics.mean(share(turn)[:workers]) / turn.rate for turn in found[side]] for side in (how, "bare"))
                 spent = Row(f"{what}: of a step, training threads {state}", "ms", one, PEER[workers], other, less=True)
                 print(f"{spent.what}: {results.add(spent).median} ms", flush=True)
+            for side, whose in ((how, "training threads touch"), ("bare", f"{PEER[workers]} touches")):
+                pages = [statistics.mean(turn.touched[:workers]) / turn.rate for turn in found[side]]
+                anew = results.add(Row(f"{what}: of a step, pages that {whose} anew", "pages", pages))
+                print(f"{anew.what}: {anew.median['ours']}", flush=True)
             others = [sum(turn.busy[workers:]) for turn in found[how]]
             rest = results.add(Row(f"{what}: processors kept busy by other processes", "cores", others))
             print(f"{rest.what}: {rest.median['ours']:.3f}", flush=True)

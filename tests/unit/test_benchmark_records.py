@@ -269,6 +269,18 @@ def test_what_each_process_kept_busy_in_a_turn_is_told(tmp_path: Path) -> None:
     assert max(wanted["works"]) < 1.3
 
 
+def test_pages_that_a_thread_touches_anew_are_told(tmp_path: Path) -> None:
+    """Those of the busiest thread of each process: here one that makes a mapping of a hundred pages, writes to each and drops it, a hundred times a second."""
+    code = STEPPING.format(
+        benchmarks=str(ROOT / "benchmarks"), folder=str(tmp_path), name="maps", seconds=0.01, most=1_000_000, busy=False, overdue=0.0
+    ).replace("    log.ended()", "    with mmap.mmap(-1, 409600) as new: new[::4096] = bytes(100)\n    log.ended()")
+    program = _alternate.Program(
+        [sys.executable, "-c", f"import mmap\n{code}"], lambda: _alternate.read_steps(tmp_path / "maps.steps"), tmp_path / "maps.log"
+    )
+    turns = _alternate.alternate({"maps": program}, turns=1, seconds=1.0)["maps"]
+    assert 90 < max(turns[0].touched) / turns[0].rate < 120
+
+
 def test_the_beginning_of_a_turn_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fell due while a program was stopped it does when it goes on: here half a second in which it does no step."""
     monkeypatch.setattr(_alternate, "SETTLE_SECONDS", 1.0)
