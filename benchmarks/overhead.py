@@ -8,9 +8,10 @@ ours, at the same batch size. With 2 workers the bare loop is DDP under torchrun
 themselves (`cluster.data_cpus=0`). The goal is for the latter: two cores have none to spare. All train without end and are let run in turns, each
 stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds` in each of `--starts` starts, which differ by some 5 %. Exit status
 1 if ours is below 0.97 of the bare loop. Beside each ratio stands what makes it: how long the training threads are on a core in a step, how long they
-wait for one, how many pages they touch anew, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest goes: our loop in the bare loop's
-place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine: the share of a step of our loop,
-in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with itself.
+wait for one, how many pages they touch anew, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
+goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine:
+the share of a step of our loop, in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with
+itself, `--freed` with one that lets malloc give freed memory back.
 The start is measured with all files in the page cache, after a call that does not count.
 """
 
@@ -96,10 +97,10 @@ def ours(task: str, out: Path, workers: int, readers: int) -> Program:
     )
 
 
-def bare(task: str, out: Path, workers: int) -> Program:
+def bare(task: str, out: Path, workers: int, *, gives_back: bool = False) -> Program:
     """`loop` in fresh processes."""
     steps = out / f"bare-{time.time_ns()}.steps"
-    command = [*launcher(workers), str(out), "--bare", task, "--steps", str(steps)]
+    command = [*launcher(workers), str(out), "--bare", task, "--steps", str(steps), *(["--give-back"] if gives_back else [])]
     return Program(command, lambda: read_steps(steps), out / "bare.log", environment(), out)
 
 
@@ -146,8 +147,8 @@ def our_loop(task_name: str, out: Path, run: Path, source: str) -> None:
     run_session(payload_of(prepared, run), prepared.config, torch.device("cpu"), stream)
 
 
-def loop(task_name: str, out: Path, steps: Path) -> None:
-    """The bare loop without end, in this process or as one of torchrun's; rank 0 notes its steps."""
+def loop(task_name: str, out: Path, steps: Path, gives_back: bool) -> None:
+    """The bare loop without end, in this process or as one of torchrun's; rank 0 notes its steps. Freed memory is malloc's to give back or kept."""
     import torch
     import torch.distributed as dist
 
@@ -158,8 +159,9 @@ def loop(task_name: str, out: Path, steps: Path) -> None:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
     # As our workers do.
-    keep_freed_memory()
     torch.set_flush_denormal(True)
+    if not gives_back:
+        keep_freed_memory()
     if size > 1:
         dist.init_process_group("gloo")
     folder = out / f"bare-{os.getpid()}"
@@ -361,6 +363,25 @@ def alike(task: str, options: argparse.Namespace, results: Results) -> None:
         results.add(Row(f"{what}: the best median over the worst", "", [max(medians) / min(medians)]))
 
 
+def freed(task: str, options: argparse.Namespace, results: Results) -> None:
+    """The bare loop with freed memory kept beside itself without: what that is worth, and how many pages a step touches anew."""
+    size = load_recipe(task, RECIPES[task]).train.global_batch_size
+    for workers in options.workers:
+        ways = {"kept": False, "malloc's to give back": True}
+        found = alternate_starts(
+            lambda workers=workers, ways=ways: {way: bare(task, options.out, workers, gives_back=gives) for way, gives in ways.items()},
+            options.starts,
+            options.repeat,
+            options.seconds,
+        )
+        what = f"{task}/{RECIPES[task]}, batch {size}, fp32: {PEER[workers]}, freed memory"
+        rates = [[turn.rate * size for turn in turns] for turns in found.values()]
+        results.add(Row(f"{what} kept", "samples/s", rates[0], "malloc's to give back", rates[1]))
+        for way, turns in found.items():
+            pages = [statistics.mean(turn.touched[:workers]) / turn.rate for turn in turns]
+            results.add(Row(f"{what} {way}: of a step, pages touched anew", "pages", pages))
+
+
 def start(options: argparse.Namespace, results: Results) -> None:
     """The stages from the command to the first step; the first call only warms up."""
     found: list[dict[str, float]] = []
@@ -388,6 +409,8 @@ def main() -> None:
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--alike", type=int, default=0, metavar="N", help="only compare N starts of the bare loop with each other")
+    parser.add_argument("--freed", action="store_true", help="only compare the bare loop that keeps freed memory with one that does not")
+    parser.add_argument("--give-back", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bare", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--own", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--startup", type=float, help=argparse.SUPPRESS)
@@ -395,7 +418,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.bare:
-        loop(options.bare, options.out, options.steps)
+        loop(options.bare, options.out, options.steps, options.give_back)
         return
     if options.part:
         our_loop(options.part, options.out, options.steps, options.source)
@@ -410,9 +433,9 @@ def main() -> None:
     write_scenes(options.out / "shards", options.scenes, 64)
     write_embeddings(options.out / "embeddings", options.out / "shards", DIM)
     results = Results(__file__, options.results)
-    if options.alike:
+    if options.alike or options.freed:
         for task in options.tasks:
-            alike(task, options, results)
+            (alike if options.alike else freed)(task, options, results)
         sys.exit(0 if results.finish() else 1)
     for task in options.tasks if "rate" in options.only else []:
         compare(task, options, results)
