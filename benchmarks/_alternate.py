@@ -55,7 +55,7 @@ class _Used(NamedTuple):
 MARK = "DIPTYCH_BENCHMARK_PROGRAM"
 WARM, START_SECONDS = 3, 300.0
 """Entries of `Ends` after which a program is warm, and how long it may take to get there."""
-SETTLE_SECONDS = 1.5
+SETTLE_SECONDS = 0.5
 """Of each turn, before it counts."""
 
 
