@@ -215,7 +215,7 @@ def test_a_call_without_rows_is_not_recorded(tmp_path: Path) -> None:
 
 
 STEPPING = """
-import signal, subprocess, sys, time
+import mmap, signal, subprocess, sys, time
 sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
 from _alternate import StepLog
@@ -225,14 +225,17 @@ signal.signal(signal.SIGCONT, lambda *_: time.sleep({overdue}))
 log = StepLog(Path({folder!r}, {name!r} + ".steps"))
 for step in range({most}):
     time.sleep({seconds})
+    {work}
     log.ended()
 """
 
 
-def _stepping(folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False, overdue: float = 0.0) -> Any:
-    """A program with a child, at rest or `busy`, that does a step every `seconds`, and `most` of them; after a stop it first sleeps `overdue` seconds."""
+def _stepping(
+    folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False, overdue: float = 0.0, work: str = "pass"
+) -> Any:
+    """A program with a child, at rest or `busy`, that does `work` in a step every `seconds`, and `most` of them; after a stop it first sleeps `overdue` seconds."""
     where = {"benchmarks": str(ROOT / "benchmarks"), "folder": str(folder), "name": name}
-    code = STEPPING.format(**where, seconds=seconds, most=most, busy=busy, overdue=overdue)
+    code = STEPPING.format(**where, seconds=seconds, most=most, busy=busy, overdue=overdue, work=work)
     return _alternate.Program([sys.executable, "-c", code], lambda: _alternate.read_steps(folder / f"{name}.steps"), folder / f"{name}.log")
 
 
@@ -271,12 +274,7 @@ def test_what_each_process_kept_busy_in_a_turn_is_told(tmp_path: Path) -> None:
 
 def test_pages_that_a_thread_touches_anew_are_told(tmp_path: Path) -> None:
     """Those of the busiest thread of each process: here one that makes a mapping of a hundred pages, writes to each and drops it, a hundred times a second."""
-    code = STEPPING.format(
-        benchmarks=str(ROOT / "benchmarks"), folder=str(tmp_path), name="maps", seconds=0.01, most=1_000_000, busy=False, overdue=0.0
-    ).replace("    log.ended()", "    with mmap.mmap(-1, 409600) as new: new[::4096] = bytes(100)\n    log.ended()")
-    program = _alternate.Program(
-        [sys.executable, "-c", f"import mmap\n{code}"], lambda: _alternate.read_steps(tmp_path / "maps.steps"), tmp_path / "maps.log"
-    )
+    program = _stepping(tmp_path, "maps", 0.01, work="with mmap.mmap(-1, 409600) as new: new[::4096] = bytes(100)")
     turns = _alternate.alternate({"maps": program}, turns=1, seconds=1.0)["maps"]
     assert 90 < max(turns[0].touched) / turns[0].rate < 120
 
