@@ -105,7 +105,8 @@ def of_long_run(out: Path, options: argparse.Namespace, results: Results) -> Non
         raise SystemExit(f"the run ended with {status}: {(out / 'memory.log').read_text()[-2000:]}")
     state = json.loads((out / "runs" / name / "result.json").read_text())
     kept = samples[int(WARM_UP * len(samples)) :]
-    case = f"CoCa of the recipe smoke, 2 workers, {options.minutes:g} minutes, {state['step']:,} steps"
+    case = f"CoCa of the recipe smoke, 2 workers, {options.minutes:g} minutes"
+    results.add(Row(f"{case}: steps", "steps", [state["step"]]))
     for role in sorted({role for one in kept for role in one}, key=lambda role: (role not in JUDGED, role)):
         values = [one[role] for one in kept if role in one]
         results.add(Row(f"{case}: private memory of {role}, at most", "MB", [max(values)]))

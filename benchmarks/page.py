@@ -48,11 +48,13 @@ def between(text: str, inside: str) -> str:
 def readme_table(found: dict[str, list[dict[str, Any]]]) -> str:
     """The rows that their scripts call headlines."""
     # What was measured on several machines stands there as it was measured last.
-    rows = {(script, row.what): row for script, runs in found.items() for run in runs for row in run["rows"] if row.headline}
+    newest = {(script, row.what): row for script, runs in found.items() for run in runs for row in run["rows"]}
+    # Only then: a figure may have been a headline once and be none any more.
+    rows = [row for row in newest.values() if row.headline]
     if not rows:
         return _NONE
     lines = ["| what | Diptych | beside | ratio | goal |", "|---|---|---|---|---|"]
-    lines += [_line(row.what, figure(row, "ours"), _peer(row), *verdict(row)) for row in rows.values()]
+    lines += [_line(row.what, figure(row, "ours"), _peer(row), *verdict(row)) for row in rows]
     return "\n".join(lines)
 
 
