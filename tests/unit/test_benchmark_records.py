@@ -109,6 +109,13 @@ def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path, monkeypatch: 
     assert [line for line in page.readme_table(page.read(tmp_path)).splitlines() if line.startswith("| b")] == ["| b | 5 s |  |  |  |"]
 
 
+def test_a_figure_that_is_no_headline_any_more_leaves_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, "sort", Row("a", "s", [1.0], headline=True), Row("b", "s", [2.0], headline=True))
+    monkeypatch.setattr(_results, "machine", lambda: "another machine")
+    recorded(tmp_path, "sort", Row("b", "s", [3.0]))
+    assert page.readme_table(page.read(tmp_path)).splitlines()[2:] == ["| a | 1 s |  |  |  |"]
+
+
 def test_pages_follow_the_records(tmp_path: Path) -> None:
     for name in ("README.md", "docs/benchmarks.md", "docs/scale.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
