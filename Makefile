@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Where Python may not write bytecode, each Ray worker would spend 7 s of CPU on compiling torch, Ray and transformers again.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-# Scripts of benchmarks/: those that stand beside a peer or count, about two hours; those that learn, paint, are killed or are of published
+# Scripts of benchmarks/: those that stand beside a peer or count, two to three hours; those that learn, paint, are killed or are of published
 # size, longer; and the arguments of each.
 BENCH ?= kernels sd_steps overhead trainers text ingest resume verbs reorder embed dedup scale simulate memory
 LONG = prompts clip_vit coca pictures_sd sd_lora pictures_dalle2 kills real_sizes
@@ -28,7 +28,7 @@ ARGS_gpu = runs/bench-gpu --compile
 ARGS_ingest = --images 4000 --repeat 2 --size 512 1024 --shards ../shared/data/pomological/shards $(addprefix --peers ,$(PEERS))
 ARGS_kills = runs/bench-kills
 ARGS_memory = runs/bench-memory --minutes $(MINUTES)
-ARGS_overhead = runs/bench-overhead --seconds 3.5 --starts 2 --repeat 10
+ARGS_overhead = runs/bench-overhead --seconds 3.5 --starts 2 --repeat 7
 ARGS_pictures_dalle2 = runs/bench-pictures_dalle2
 ARGS_pictures_sd = runs/bench-pictures_sd
 ARGS_prompts = $(PROMPTS) runs/bench-prompts

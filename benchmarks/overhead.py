@@ -1,6 +1,6 @@
 """What `diptych train` costs beside a bare PyTorch loop on tensors in memory, and how long it takes from the command to the first step.
 
-    .venv/bin/python benchmarks/overhead.py OUT --starts 2 --repeat 10 --seconds 3.5
+    .venv/bin/python benchmarks/overhead.py OUT --starts 2 --repeat 7 --seconds 3.5
 
 For each task a small model learns generated scenes: `diptych train` as a command, reading and decoding shards, logging and tracking, beside a loop of
 a dozen lines on batches that are in memory with their noise drawn, fused AdamW, fp32, one thread a worker, denormals flushed and freed memory kept as
@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["rate", "start"], default=["rate", "start"])
     parser.add_argument("--seconds", type=float, default=3.5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--repeat", type=int, default=10, help="turns of a start")
+    parser.add_argument("--repeat", type=int, default=7, help="turns of a start")
     parser.add_argument("--starts", type=int, default=2, help="of all sides, one after the other")
     parser.add_argument("--parts", action="store_true", help="also our loop without Ray, from memory and reading in a thread")
     parser.add_argument("--part", choices=RECIPES, help=argparse.SUPPRESS)
