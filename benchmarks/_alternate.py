@@ -1,9 +1,9 @@
 """Programs that train without end, measured in turns of seconds: each runs while the others are stopped.
 
 The speed of a virtual machine drifts by a third within minutes, so programs that run one after the other are measured on different machines. Here each is
-started and warmed up; then every turn lets each run for some seconds, with all its processes, and stops them (SIGSTOP) before the next one runs. Of a turn
-counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure; nor is its beginning, in which a
-program does first what fell due while it was stopped.
+started and warmed up; then every turn lets each run for some seconds, and a few steps at least, with all its processes, and stops them (SIGSTOP) before
+the next one runs. Of a turn counts what lies between the first and the last step that ended in it, so the stops themselves are never in a figure; nor is
+its beginning, in which a program does first what fell due while it was stopped.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class _Used(NamedTuple):
 
 
 MARK = "DIPTYCH_BENCHMARK_PROGRAM"
-WARM, START_SECONDS = 3, 300.0
-"""Entries of `Ends` after which a program is warm, and how long it may take to get there."""
+FEW, PATIENCE_SECONDS = 3, 300.0
+"""Entries of `Ends` after which a program is warm, and that a turn has at least; how long it may take to get there."""
 SETTLE_SECONDS = 0.5
 """Of each turn, before it counts."""
 
@@ -112,13 +112,17 @@ class _Running:
 
     def warm_up(self) -> None:
         """Wait for its first steps, then stop it."""
-        deadline = time.monotonic() + START_SECONDS
-        while (done := len(self.program.ends())) < WARM:
+        self.wait_for_steps(0.0)
+        self.signal(signal.SIGSTOP)
+
+    def wait_for_steps(self, since: float) -> None:
+        """Until it has noted a few."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (done := sum(when >= since for _, when in self.program.ends())) < FEW:
             self.check()
             if time.monotonic() > deadline:
-                raise SystemExit(f"{' '.join(self.program.command)} did {done} steps in {START_SECONDS:.0f} s")
+                raise SystemExit(f"{' '.join(self.program.command)} noted {done} steps in {PATIENCE_SECONDS:.0f} s")
             time.sleep(0.5)
-        self.signal(signal.SIGSTOP)
 
     def check(self) -> None:
         """Ends this process if the program has ended."""
@@ -165,7 +169,7 @@ class _Running:
 
 
 def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> dict[str, list[Turn]]:
-    """Each program's `turns`, in each of which it runs for `seconds`."""
+    """Each program's `turns`, in each of which it runs for `seconds`, or until it has noted `FEW` steps."""
     with ExitStack() as stack:
         # Asked to end, this process ends its programs first: stopped ones would stay for ever.
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end_once))
@@ -183,6 +187,7 @@ def alternate(programs: Mapping[str, Program], turns: int, seconds: float) -> di
                 before = running[name].used()
                 begin = time.time()
                 time.sleep(seconds)
+                running[name].wait_for_steps(begin)
                 end = time.time()
                 after = running[name].used()
                 running[name].check()
@@ -233,8 +238,5 @@ def _turn(ends: Ends, begin: float, end: float, before: Mapping[int, _Used], aft
 
 def _rate(ends: Ends, begin: float, end: float) -> float:
     """Steps per second between the first and the last that ended in a turn."""
-    inside = [one for one in ends if begin <= one[1] <= end]
-    if len(inside) < 2:
-        raise SystemExit(f"{len(inside)} steps were noted in {end - begin:.1f} s: turns must be longer")
-    (before, start), (step, stop) = inside[0], inside[-1]
+    (before, start), *_, (step, stop) = [one for one in ends if begin <= one[1] <= end]
     return (step - before) / (stop - start)

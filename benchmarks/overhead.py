@@ -11,7 +11,8 @@ stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds
 wait for one, how many pages they touch anew, and what all other processes (Ray's, readers, the driver) keep busy. `--parts` tells where the rest
 goes: our loop in the bare loop's place, without Ray, once on batches in memory and once reading in a thread. Beside it, steadier on a noisy machine:
 the share of a step of our loop, in one process without Ray, that is neither forward, backward nor optimizer. `--alike 4` compares the bare loop with
-itself, `--freed` with one that lets malloc give freed memory back.
+itself, `--vary freed` with one that lets malloc give freed memory back, `--vary beside` with itself beside a process that computes, one that streams
+through memory, and an idle Ray.
 The start is measured with all files in the page cache, after a call that does not count.
 """
 
@@ -22,10 +23,11 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,16 @@ BESIDE = "MLflow, while Ray starts"
 """The stage that takes no time of its own."""
 SOURCES = {"memory": "batches in memory", "thread": "reading in a thread"}
 OWN_STEPS, OWN_TURNS, STARTS = 50, 3, 3
+NEIGHBOURS = {
+    "computing": "a process that computes",
+    "streaming": "a process that streams through memory",
+    "ray": "a local Ray with four idle actors",
+}
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "freed": {"freed memory kept": [], "freed memory malloc's to give back": ["--give-back"]},
+    "beside": {"alone": [], **{f"beside {what}": ["--beside", kind] for kind, what in NEIGHBOURS.items()}},
+}
+"""Ways to run the bare loop, with what this script is called with for each; the first is compared with the others."""
 
 
 def overrides_of(task: str, out: Path, steps: int, workers: int) -> list[str]:
@@ -97,10 +109,10 @@ def ours(task: str, out: Path, workers: int, readers: int) -> Program:
     )
 
 
-def bare(task: str, out: Path, workers: int, *, gives_back: bool = False) -> Program:
+def bare(task: str, out: Path, workers: int, variant: Sequence[str] = ()) -> Program:
     """`loop` in fresh processes."""
     steps = out / f"bare-{time.time_ns()}.steps"
-    command = [*launcher(workers), str(out), "--bare", task, "--steps", str(steps), *(["--give-back"] if gives_back else [])]
+    command = [*launcher(workers), str(out), "--bare", task, "--steps", str(steps), *variant]
     return Program(command, lambda: read_steps(steps), out / "bare.log", environment(), out)
 
 
@@ -147,8 +159,11 @@ def our_loop(task_name: str, out: Path, run: Path, source: str) -> None:
     run_session(payload_of(prepared, run), prepared.config, torch.device("cpu"), stream)
 
 
-def loop(task_name: str, out: Path, steps: Path, gives_back: bool) -> None:
-    """The bare loop without end, in this process or as one of torchrun's; rank 0 notes its steps. Freed memory is malloc's to give back or kept."""
+def loop(task_name: str, out: Path, steps: Path, gives_back: bool, beside: str | None) -> None:
+    """The bare loop without end, in this process or as one of torchrun's; rank 0 notes its steps.
+
+    Freed memory is malloc's to give back or kept; one of `NEIGHBOURS` may run beside it.
+    """
     import torch
     import torch.distributed as dist
 
@@ -157,6 +172,8 @@ def loop(task_name: str, out: Path, steps: Path, gives_back: bool) -> None:
     from diptych.trainers.tasks import load_task_class
 
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if beside and rank == 0:
+        begin_neighbour(beside, out)
     torch.set_num_threads(1)
     # As our workers do.
     torch.set_flush_denormal(True)
@@ -189,6 +206,39 @@ def loop(task_name: str, out: Path, steps: Path, gives_back: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
         if log:
             log.ended()
+
+
+def begin_neighbour(kind: str, out: Path) -> None:
+    """Start `neighbour` as a child, which is stopped and ended with this process, and wait until it is ready."""
+    child = subprocess.Popen([sys.executable, __file__, str(out), "--be", kind], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    if not any(line == "ready\n" for line in child.stdout):
+        raise SystemExit(f"{NEIGHBOURS[kind]} has ended")
+
+
+def neighbour(kind: str) -> None:
+    """One of `NEIGHBOURS`, without end."""
+    if kind == "ray":
+        from diptych.pipelines.ray_context import ray_session
+
+        with ray_session(2, logical_cpus=8) as ray:
+
+            @ray.remote(num_cpus=0)
+            class Idle:
+                def is_there(self) -> bool:
+                    return True
+
+            actors = [Idle.remote() for _ in range(4)]
+            ray.get([actor.is_there.remote() for actor in actors])
+            print("ready", flush=True)
+            while True:
+                time.sleep(3600)
+    import numpy as np
+
+    memory = np.zeros(1 << 25 if kind == "streaming" else 1)  # 256 MB: more than any cache.
+    print("ready", flush=True)
+    while True:
+        memory += 1
 
 
 def own_share(task: str, out: Path) -> float:
@@ -363,23 +413,25 @@ def alike(task: str, options: argparse.Namespace, results: Results) -> None:
         results.add(Row(f"{what}: the best median over the worst", "", [max(medians) / min(medians)]))
 
 
-def freed(task: str, options: argparse.Namespace, results: Results) -> None:
-    """The bare loop with freed memory kept beside itself without: what that is worth, and how many pages a step touches anew."""
+def vary(task: str, options: argparse.Namespace, results: Results) -> None:
+    """The bare loop in each way of `VARIANTS`: its samples/s as it is beside the others, and how many pages a step touches anew."""
     size = load_recipe(task, RECIPES[task]).train.global_batch_size
+    variants = VARIANTS[options.vary]
     for workers in options.workers:
-        ways = {"kept": False, "malloc's to give back": True}
         found = alternate_starts(
-            lambda workers=workers, ways=ways: {way: bare(task, options.out, workers, gives_back=gives) for way, gives in ways.items()},
+            lambda workers=workers: {way: bare(task, options.out, workers, words) for way, words in variants.items()},
             options.starts,
             options.repeat,
             options.seconds,
         )
-        what = f"{task}/{RECIPES[task]}, batch {size}, fp32: {PEER[workers]}, freed memory"
-        rates = [[turn.rate * size for turn in turns] for turns in found.values()]
-        results.add(Row(f"{what} kept", "samples/s", rates[0], "malloc's to give back", rates[1]))
+        rates = {way: [turn.rate * size for turn in turns] for way, turns in found.items()}
+        what = f"{task}/{RECIPES[task]}, batch {size}, fp32: {PEER[workers]}"
+        first, *others = variants
+        for way in others:
+            results.add(Row(f"{what}, {first} and {way}", "samples/s", rates[first], way, rates[way]))
         for way, turns in found.items():
-            pages = [statistics.mean(turn.touched[:workers]) / turn.rate for turn in turns]
-            results.add(Row(f"{what} {way}: of a step, pages touched anew", "pages", pages))
+            pages = [sum(turn.touched) / turn.rate for turn in turns]
+            results.add(Row(f"{what}, {way}: of a step, pages touched anew", "pages", pages))
 
 
 def start(options: argparse.Namespace, results: Results) -> None:
@@ -409,8 +461,12 @@ def main() -> None:
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--alike", type=int, default=0, metavar="N", help="only compare N starts of the bare loop with each other")
-    parser.add_argument("--freed", action="store_true", help="only compare the bare loop that keeps freed memory with one that does not")
+    parser.add_argument(
+        "--vary", choices=VARIANTS, help="only compare the bare loop with itself, without freed memory kept or beside others"
+    )
     parser.add_argument("--give-back", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", choices=NEIGHBOURS, help=argparse.SUPPRESS)
+    parser.add_argument("--be", choices=NEIGHBOURS, help=argparse.SUPPRESS)
     parser.add_argument("--bare", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--own", choices=RECIPES, help=argparse.SUPPRESS)
     parser.add_argument("--startup", type=float, help=argparse.SUPPRESS)
@@ -418,7 +474,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.bare:
-        loop(options.bare, options.out, options.steps, options.give_back)
+        loop(options.bare, options.out, options.steps, options.give_back, options.beside)
+        return
+    if options.be:
+        neighbour(options.be)
         return
     if options.part:
         our_loop(options.part, options.out, options.steps, options.source)
@@ -433,9 +492,9 @@ def main() -> None:
     write_scenes(options.out / "shards", options.scenes, 64)
     write_embeddings(options.out / "embeddings", options.out / "shards", DIM)
     results = Results(__file__, options.results)
-    if options.alike or options.freed:
+    if options.alike or options.vary:
         for task in options.tasks:
-            (alike if options.alike else freed)(task, options, results)
+            (alike if options.alike else vary)(task, options, results)
         sys.exit(0 if results.finish() else 1)
     for task in options.tasks if "rate" in options.only else []:
         compare(task, options, results)

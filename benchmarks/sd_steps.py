@@ -1,11 +1,11 @@
 """Steps per second of Stable Diffusion: encoding in each step, from caches, and by the logic of diffusers' training script.
 
-    python benchmarks/sd_steps.py OUT --repeat 8 --seconds 6
+    python benchmarks/sd_steps.py OUT --starts 2 --repeat 4 --seconds 6
 
 A pipeline whose VAE costs as much beside its U-Net as SD 1.5's at 512 pixels (floating-point operations are counted and printed) learns 96 scenes at 128
 pixels, batch 8, fp32: our loop encoding online, our loop on `diptych cache`'s latents and text states, and the lines of diffusers'
 `train_text_to_image.py` or `train_text_to_image_lora.py` between its DataLoader and its optimizer. The three train without end and are let run in turns,
-each stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds`; first with the whole U-Net to learn, then with
+each stopped while another one runs (`_alternate.py`), `--repeat` turns of `--seconds` in each of `--starts` starts; first with the whole U-Net to learn, then with
 adapters of rank 16 in its attention. Exit status 1 if the caches are less than 1.3 times as
 fast as the script, or if everything but forward, backward and optimizer takes more than 3 % of a step.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _alternate import Ends, Program, StepLog, alternate, logged_steps, read_steps
+from _alternate import Ends, Program, StepLog, alternate_starts, logged_steps, read_steps
 from _fresh import environment, fresh
 from _results import Results, Row, add_option
 from _runs import timed_run
@@ -191,8 +191,10 @@ def own_share(train: str, kind: str, out: Path) -> float:
 
 def compare(train: str, options: argparse.Namespace, results: Results) -> None:
     """The three in turns, with `task.train=train`."""
-    programs = {kind: program(train, kind, options.out) for kind in ("script", "online", "cached")}
-    found = alternate(programs, options.repeat, options.seconds)
+    kinds = ("script", "online", "cached")
+    found = alternate_starts(
+        lambda: {kind: program(train, kind, options.out) for kind in kinds}, options.starts, options.repeat, options.seconds
+    )
     rates = {kind: [turn.rate for turn in turns] for kind, turns in found.items()}
     name = {"unet": "Stable Diffusion", "lora": "Stable Diffusion's adapters"}[train]
     for kind, goal in (("online", 1.0), ("cached", 1.3)):
@@ -206,7 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=6, help="of a turn")
-    parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--repeat", type=int, default=4, help="turns of a start")
+    parser.add_argument("--starts", type=int, default=2, help="of all three, one after the other")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--where", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--own", help=argparse.SUPPRESS)

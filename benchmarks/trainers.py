@@ -1,6 +1,6 @@
 """Samples per second of training beside the peers' own trainers: same model, data, batch, precision and cores.
 
-    .venv/bin/python benchmarks/trainers.py OUT --repeat 8 --seconds 5
+    .venv/bin/python benchmarks/trainers.py OUT --starts 2 --repeat 6 --seconds 3.5
 
 * coca: `open_clip_train.train.train_one_epoch` on its own webdataset loader, open_clip's model and `CoCaLoss`.
 * dalle2_prior: `DiffusionPriorTrainer` on DALLE2-pytorch's `PriorEmbeddingDataset` (embedding-reader), with its averaged weights.
@@ -9,7 +9,8 @@
 
 GPT-2 stands beside transformers' Trainer in `text.py`, Stable Diffusion beside diffusers' script in `sd_steps.py`. Peers get one loader process beside
 one training thread, which was their best on 2 cores; ours trains in one thread too, and Ray reads with one CPU. Both train without end and are let run in
-turns, each stopped while the other one runs (`_alternate.py`), `--repeat` turns of `--seconds`. A peer that is not installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
+turns, each stopped while the other one runs (`_alternate.py`), `--repeat` turns of `--seconds` in each of `--starts` starts. A peer that is not
+installed is left out aloud; `--peers FOLDER` is searched first. Exit status 1 if ours is slower.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _alternate import Ends, Program, StepLog, alternate, logged_steps, read_steps
+from _alternate import Ends, Program, StepLog, alternate_starts, logged_steps, read_steps
 from _fresh import add_peers_option, can_import, environment
 from _results import Results, Row, add_option
 from scene_shards import write_embeddings, write_scenes
@@ -292,9 +293,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seconds", type=float, default=5, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=3.5, help="of a turn")
     parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--repeat", type=int, default=8, help="turns")
+    parser.add_argument("--repeat", type=int, default=6, help="turns of a start")
+    parser.add_argument("--starts", type=int, default=2, help="of both sides, one after the other")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on each side")
     parser.add_argument("--loaders", type=int, default=1, help="loader processes of the peers")
     add_peers_option(parser)
@@ -321,7 +323,7 @@ def main() -> None:
             print(f"{task}: {package} is not installed, nothing is measured", flush=True)
             continue
         batch = load_recipe(task, recipe).train.global_batch_size
-        found = alternate(programs(task, options), options.repeat, options.seconds)
+        found = alternate_starts(lambda task=task: programs(task, options), options.starts, options.repeat, options.seconds)
         rates = {side: [turn.rate * batch for turn in turns] for side, turns in found.items()}
         what = f"{task}/{recipe} trains, batch {batch}, fp32, {options.threads} thread{'s' if options.threads > 1 else ''}"
         row = results.add(Row(what, "samples/s", rates["ours"], peer, rates["peer"], at_least=1.0, headline=True))
