@@ -47,8 +47,8 @@ RECIPES = {
     "dalle2_decoder": "scenes",
     "stable_diffusion": "scenes",
 }
-LOG_EVERY = 2
-"""Steps between two lines of our log: a turn has many."""
+LOG_EVERY = dict.fromkeys(RECIPES, 5) | {"dalle2_decoder": 2, "stable_diffusion": 2}
+"""Steps between two lines of our log: a turn has many. By default they are 10; each line is a collective, and the bare loop has none."""
 GOAL, DIM, KEPT, ENDLESS, PEER = 0.97, 96, 24, 100_000_000, {1: "a bare PyTorch loop", 2: "torchrun, DDP"}
 HOW = {1: {"1 worker": 2}, 2: {"2 workers": 2, "2 workers that read for themselves": 0}}
 """`cluster.data_cpus` of what is measured, by number of workers; the goal is for the fewest."""
@@ -77,7 +77,7 @@ def overrides_of(task: str, out: Path, steps: int, workers: int) -> list[str]:
         f"train.steps={steps}",
         f"workers={workers}",
         "train.precision=fp32",
-        f"train.log_every={LOG_EVERY}",
+        f"train.log_every={LOG_EVERY[task]}",
     ]
     found += ["validation.samples=0", "checkpoint.every_steps=0", "optim.ema_decay=0", "optim.name=adamw", "data.validation_share=0"]
     return found + ([f"data.embeddings={out / 'embeddings'}"] if task in ("clip_vit", "dalle2_prior", "dalle2_decoder") else [])

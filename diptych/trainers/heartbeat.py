@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 10.0
 """A worker whose last line is older is stopped, swapped out or cut off."""
-_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/")
+_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "diptych/trainers/world.py")
 """Modules in which a thread stands while it waits for the other workers."""
 
 

@@ -23,8 +23,12 @@ from diptych.trainers.strategies import Strategy
 from diptych.trainers.task import Batch, Task, Term
 from diptych.trainers.throughput import Throughput, peak_flops
 from diptych.trainers.validation import mean_terms, validate
+from diptych.trainers.world import Sums
 
 log = logging.getLogger(__name__)
+
+_TOKENS, _STOP, _SAVE, _FAULTS = "run/tokens", "run/stop", "run/save", "run/faults"
+"""What is summed up beside the weights of the terms, whose names are identifiers."""
 
 
 def _never() -> bool:
@@ -90,8 +94,9 @@ def _steps(session: _Session, stream: Callable[[int], Iterable[StepBatch]], hear
             raise RuntimeError(f"the stream delivered step {share.step} where step {progress.step} was due; nothing was trained on it")
         session.recorder.rows(share)
         micros = make_micro_batches(strategy.task, share.arrays, config.train.micro_batches, strategy.world.device)
-        totals, stop, save = session.agree(share, micros)
-        terms, report = accumulate(strategy, micros, totals, seed=config.seed, step=progress.step)
+        sums = session.agree(share, micros)
+        terms, report = accumulate(strategy, micros, sums, seed=config.seed, step=progress.step)
+        stop, save = session.settle(share, sums)
         lr = learning_rate(config.optim, config.train.steps, progress.step)
         norm = strategy.step(progress.step, lr)
         session.guard.watch(progress.step, norm)
@@ -141,25 +146,21 @@ class _Session:
             log.info("precision %s (%s)", strategy.precision.name, strategy.precision.reason)
             log.info("optimizer state: %d bytes on this worker of %d", strategy.optimizer_bytes(), world.size)
 
-    def agree(self, share: StepBatch, micros: list[Batch]) -> tuple[dict[str, torch.Tensor], bool, bool]:
-        """Weight of each term over the global batch, whether any worker wants to stop, or to save; one collective for all.
-
-        Faults are counted in it too, and their names exchanged only where there are any.
-        """
+    def agree(self, share: StepBatch, micros: list[Batch]) -> Sums:
+        """Begin to sum up over the workers, in one collective: weights of the terms, tokens, and what `settle` wants to know."""
         weights = local_weights(self.strategy.task, micros)
-        tokens = torch.stack([_tokens(micro) for micro in micros]).sum()
-        device = self.strategy.world.device
-        wishes = [float(self.callbacks.should_stop()), float(self.callbacks.should_save()), float(len(share.faults))]
-        flags = torch.tensor(wishes, dtype=torch.float64)
-        packed = torch.cat([torch.stack([*weights.values(), tokens.double()]), flags.to(device)])
-        self.strategy.world.sum_(packed)
-        self.tokens += packed[-4]
         self._report_faults(share.step, share.faults)
-        # With one worker the flags are known here, and nothing has to wait for the device.
-        stop, save, faults = (flags if self.strategy.world.size == 1 else packed[-3:]).tolist()
+        wishes = {_STOP: self.callbacks.should_stop(), _SAVE: self.callbacks.should_save(), _FAULTS: len(share.faults)}
+        flags = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in wishes.items()}
+        return self.strategy.world.begin_sum(weights | {_TOKENS: torch.stack([_tokens(micro) for micro in micros]).sum()} | flags)
+
+    def settle(self, share: StepBatch, sums: Sums) -> tuple[bool, bool]:
+        """Whether any worker wants to stop, or to save; their faults are counted, and named to each other where there are any."""
+        self.tokens += sums[_TOKENS]
+        stop, save, faults = torch.stack([sums[name] for name in (_STOP, _SAVE, _FAULTS)]).tolist()
         if faults:
             self.progress.count_faults(self.strategy.world, share.faults, self.config.data.fault_budget)
-        return {name: packed[index].float() for index, name in enumerate(weights)}, stop > 0, save > 0
+        return stop > 0, save > 0
 
     def _report_faults(self, step: int, faults: list[Fault]) -> None:
         if faults and self.callbacks.record_faults is not None:

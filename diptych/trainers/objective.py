@@ -9,6 +9,7 @@ memory limited setup", 2021).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,12 @@ def add_terms(total: dict[str, Term], terms: dict[str, Term]) -> None:
         total[name] = Term(total[name].sum + part.sum, total[name].weight + part.weight) if name in total else part
 
 
-def weighted(task: Task, terms: dict[str, Term], totals: dict[str, Tensor]) -> Tensor:
+def weighted(task: Task, terms: dict[str, Term], totals: Mapping[str, Tensor]) -> Tensor:
     """Σ coefficient · sum / global weight of `terms`, `[]`, with gradients."""
     parts = []
     for name, term in terms.items():
         assert name in totals, f"{task.name}.weights() lacks the term {name!r} that its forward or contrast returns"
-        parts.append(task.coefficients.get(name, 1.0) * term.sum.float() / totals[name].clamp_min(1e-12))
+        parts.append(task.coefficients.get(name, 1.0) * term.sum.float() / totals[name].float().clamp_min(1e-12))
     return torch.stack(parts).sum()
 
 
@@ -73,27 +74,34 @@ class Contrast:
         return torch.stack(parts).sum()
 
 
-def contrast(task: Task, world: World, local: dict[str, Tensor], weight: Tensor, totals: dict[str, Tensor]) -> Contrast:
+def gather_features(world: World, local: dict[str, Tensor], weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """`local` features (`[B, D]`, and `[]`, which all workers share) and `weight` `[B]` of all workers: float32 `[size * B, D]`, and the weights."""
+    values = {name: value.float() for name, value in local.items()}
+    scalars = {name: value for name, value in values.items() if value.ndim == 0}
+    # The one without a name is no feature's.
+    rows = world.gather_rows({name: value for name, value in values.items() if value.ndim} | {"": weight})
+    return {name: rows[name] if value.ndim else scalars[name] for name, value in values.items()}, rows[""]
+
+
+def contrast(task: Task, world: World, local: dict[str, Tensor], weight: Tensor, totals: Mapping[str, Tensor]) -> Contrast:
     """Gather `local` features (`[B, D]`, `[]`) of all workers, compare globally, and return what concerns this worker."""
     size = weight.shape[0]
     rows = slice(world.rank * size, (world.rank + 1) * size)
-    leaves = {}
-    for name, value in local.items():
-        value = value.detach().float()
-        leaves[name] = (value.clone() if value.ndim == 0 else world.gather_rows(value)).requires_grad_()
+    whole, weights = gather_features(world, {name: value.detach() for name, value in local.items()}, weight)
+    leaves = {name: value.requires_grad_() for name, value in whole.items()}
     with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-        terms = task.contrast(leaves, world.gather_rows(weight), rows)
+        terms = task.contrast(leaves, weights, rows)
         loss = weighted(task, terms, totals)
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     gradients = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves.values(), found, strict=True)]
     flat = world.sum_(torch.cat([part.flatten() for part in gradients]))
-    whole = dict(zip(leaves, flat.split([part.numel() for part in gradients]), strict=True))
-    mine = {name: whole[name].view_as(leaf) if leaf.ndim == 0 else whole[name].view_as(leaf)[rows] for name, leaf in leaves.items()}
+    summed = dict(zip(leaves, flat.split([part.numel() for part in gradients]), strict=True))
+    mine = {name: summed[name].view_as(leaf) if leaf.ndim == 0 else summed[name].view_as(leaf)[rows] for name, leaf in leaves.items()}
     return Contrast({name: Term(term.sum.detach(), term.weight.detach()) for name, term in terms.items()}, mine)
 
 
 def accumulate(
-    strategy: Strategy, micros: list[Batch], totals: dict[str, Tensor], *, seed: int, step: int
+    strategy: Strategy, micros: list[Batch], totals: Mapping[str, Tensor], *, seed: int, step: int
 ) -> tuple[dict[str, Term], dict[str, Term]]:
     """Forward and backward of this worker's share of one step, micro-batches with their draws; gradients are left for `Strategy.step`.
 
@@ -122,7 +130,7 @@ def accumulate(
     return terms, report
 
 
-def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], totals: dict[str, Tensor]) -> Contrast | None:
+def _gather_first(strategy: Strategy, micros: list[Batch], seeds: list[int], totals: Mapping[str, Tensor]) -> Contrast | None:
     """Features of all micro-batches, without gradients and from the same random state as the forward passes to come."""
     parts = []
     for micro, seed in zip(micros, seeds, strict=True):

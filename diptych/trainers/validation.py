@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diptych.batches import Fault, StepBatch
 from diptych.trainers.micro_batches import make_micro_batches
-from diptych.trainers.objective import add_terms, loss_value
+from diptych.trainers.objective import add_terms, gather_features, loss_value
 from diptych.trainers.randomness import seed_layers, step_seed
 from diptych.trainers.strategies import Strategy
 from diptych.trainers.task import Task, Term
@@ -75,15 +75,15 @@ def _evaluating(strategy: Strategy) -> Iterator[None]:
 def _global_contrast(task: Task, world: World, features: dict[str, Tensor], weight: Tensor) -> dict[str, Term]:
     """Terms of this worker's rows against the rows of all workers."""
     size = weight.shape[0]
-    whole = {name: value.float() if value.ndim == 0 else world.gather_rows(value.float()) for name, value in features.items()}
-    return task.contrast(whole, world.gather_rows(weight), slice(world.rank * size, (world.rank + 1) * size))
+    whole, weights = gather_features(world, features, weight)
+    return task.contrast(whole, weights, slice(world.rank * size, (world.rank + 1) * size))
 
 
 def _summarise(task: Task, world: World, rows: dict[str, list[Tensor]]) -> dict[str, float]:
     """`Task.summarise` of the rows of all workers, padding left out; computed on rank 0, the same on every worker."""
     if not rows:
         return {}
-    whole = {key: world.gather_rows(torch.cat(parts)) for key, parts in rows.items()}
+    whole = world.gather_rows({key: torch.cat(parts) for key, parts in rows.items()})
     figures: dict[str, float] = {}
     if world.rank == 0:
         order = torch.argsort(whole["slot"])
