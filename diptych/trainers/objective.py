@@ -77,10 +77,9 @@ class Contrast:
 def gather_features(world: World, local: dict[str, Tensor], weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """`local` features (`[B, D]`, and `[]`, which all workers share) and `weight` `[B]` of all workers: float32 `[size * B, D]`, and the weights."""
     values = {name: value.float() for name, value in local.items()}
-    scalars = {name: value for name, value in values.items() if value.ndim == 0}
-    # The one without a name is no feature's.
-    rows = world.gather_rows({name: value for name, value in values.items() if value.ndim} | {"": weight})
-    return {name: rows[name] if value.ndim else scalars[name] for name, value in values.items()}, rows[""]
+    names = [name for name, value in values.items() if value.ndim]
+    *rows, weights = world.gather_rows([*(values[name] for name in names), weight])
+    return values | dict(zip(names, rows, strict=True)), weights
 
 
 def contrast(task: Task, world: World, local: dict[str, Tensor], weight: Tensor, totals: Mapping[str, Tensor]) -> Contrast:

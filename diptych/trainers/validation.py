@@ -83,7 +83,7 @@ def _summarise(task: Task, world: World, rows: dict[str, list[Tensor]]) -> dict[
     """`Task.summarise` of the rows of all workers, padding left out; computed on rank 0, the same on every worker."""
     if not rows:
         return {}
-    whole = world.gather_rows({key: torch.cat(parts) for key, parts in rows.items()})
+    whole = dict(zip(rows, world.gather_rows([torch.cat(parts) for parts in rows.values()]), strict=True))
     figures: dict[str, float] = {}
     if world.rank == 0:
         order = torch.argsort(whole["slot"])

@@ -5,7 +5,7 @@ Everything works with one process and no process group too, so that the loop has
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,20 +42,20 @@ class World:
         """Begin to add up each of `values` (`[]`) over all workers, in one collective; the work goes on beside what comes next."""
         return Sums(self, values)
 
-    def gather_rows(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_rows(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """`[B, …]` of each worker → `[size * B, …]` in order of rank, for all of `rows` in one collective. B must agree, over workers and `rows`."""
         if self.size == 1 or not rows:
-            return rows
+            return list(rows)
         # As bytes: whatever the types, one collective carries all, and gloo, which knows no bool, that as well.
-        wires = [value.contiguous().view(len(value), -1).view(torch.uint8) for value in rows.values()]
+        wires = [value.contiguous().view(len(value), -1).view(torch.uint8) for value in rows]
         wire = torch.cat(wires, dim=1)
         parts = [torch.empty_like(wire) for _ in range(self.size)]
         dist.all_gather(parts, wire)
         found = torch.cat(parts).split([one.shape[1] for one in wires], dim=1)
-        return {
-            name: part.clone(memory_format=torch.contiguous_format).view(-1).view(value.dtype).view(len(part), *value.shape[1:])
-            for (name, value), part in zip(rows.items(), found, strict=True)
-        }
+        return [
+            part.clone(memory_format=torch.contiguous_format).view(-1).view(value.dtype).view(len(part), *value.shape[1:])
+            for value, part in zip(rows, found, strict=True)
+        ]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One small object of each worker, in order of rank, on every worker."""
