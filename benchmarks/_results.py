@@ -321,11 +321,11 @@ def _today() -> str:
     return dt.datetime.now(dt.UTC).date().isoformat()
 
 
-def commit() -> str:
-    """Short hash of the checkout, with a + if files of the package or the benchmarks differ from it."""
+def commit(checkout: Path = ROOT) -> str:
+    """Short hash of a checkout, with a + if files of the package or the benchmarks differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "diptych", "benchmarks/*.py")
     return (git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")) or "unknown"
