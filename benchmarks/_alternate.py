@@ -148,18 +148,24 @@ class _Running:
 
     def end(self) -> None:
         """End all its processes at once: nobody wants its last checkpoint, and of Ray's parts each would wait for others."""
-        while left := [one for one in psutil.process_iter() if self._is_marked(one)]:
+        # Ray's agents write their names over their environment, mark and all; while their parents live they are known as children of those.
+        left = self._family() | self._marked()
+        while left:
             for one in left:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             self._popen.wait()
             psutil.wait_procs(left, 1)  # What is killed may stay as a zombie of somebody else.
+            left = self._marked()
 
     def _family(self) -> set[psutil.Process]:
         try:
             return {self._root, *self._root.children(recursive=True)}
         except psutil.NoSuchProcess:
             return set()
+
+    def _marked(self) -> set[psutil.Process]:
+        return {one for one in psutil.process_iter() if self._is_marked(one)}
 
     def _is_marked(self, process: psutil.Process) -> bool:
         try:

@@ -228,7 +228,7 @@ import mmap, signal, subprocess, sys, time
 sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
 from _alternate import StepLog
-child = subprocess.Popen([sys.executable, "-c", "while True: pass" if {busy!r} else "import time; time.sleep(1000)"])
+child = subprocess.Popen([sys.executable, "-c", "while True: pass" if {busy!r} else "import time; time.sleep(1000)"], env={env})
 Path({folder!r}, {name!r} + ".child").write_text(str(child.pid))
 signal.signal(signal.SIGCONT, lambda *_: time.sleep({overdue}))
 log = StepLog(Path({folder!r}, {name!r} + ".steps"))
@@ -240,11 +240,18 @@ for step in range({most}):
 
 
 def _stepping(
-    folder: Path, name: str, seconds: float, most: int = 1_000_000, busy: bool = False, overdue: float = 0.0, work: str = "pass"
+    folder: Path,
+    name: str,
+    seconds: float,
+    most: int = 1_000_000,
+    busy: bool = False,
+    overdue: float = 0.0,
+    work: str = "pass",
+    env: Any = None,
 ) -> Any:
-    """A program with a child, at rest or `busy`, that does `work` in a step every `seconds`, and `most` of them; after a stop it first sleeps `overdue` seconds."""
+    """A program with a child, at rest or `busy`, in `env` if given, that does `work` in a step every `seconds`, and `most` of them; after a stop it first sleeps `overdue` seconds."""
     where = {"benchmarks": str(ROOT / "benchmarks"), "folder": str(folder), "name": name}
-    code = STEPPING.format(**where, seconds=seconds, most=most, busy=busy, overdue=overdue, work=work)
+    code = STEPPING.format(**where, seconds=seconds, most=most, busy=busy, overdue=overdue, work=work, env=env)
     return _alternate.Program([sys.executable, "-c", code], lambda: _alternate.read_steps(folder / f"{name}.steps"), folder / f"{name}.log")
 
 
@@ -254,7 +261,8 @@ def _is_running(pid: str) -> bool:
 
 def test_programs_that_take_turns_never_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_alternate, "SETTLE_SECONDS", 0.1)
-    programs = {"fast": _stepping(tmp_path, "fast", 0.01), "slow": _stepping(tmp_path, "slow", 0.05)}
+    # The child of one has no environment by which it could be known, as Ray's agents have none.
+    programs = {"fast": _stepping(tmp_path, "fast", 0.01), "slow": _stepping(tmp_path, "slow", 0.05, env={})}
     turns = _alternate.alternate(programs, turns=3, seconds=0.5)
     rates = {name: [turn.rate for turn in found] for name, found in turns.items()}
     assert {name: len(found) for name, found in rates.items()} == {"fast": 3, "slow": 3}
