@@ -20,7 +20,6 @@ ours, in turns with the start of that one, of which it may take half.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,6 @@ import time
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import _overhead_sides
 from _alternate import Program, alternate, alternate_starts, logged_steps, read_steps
@@ -192,21 +190,17 @@ def start(options: argparse.Namespace, results: Results) -> None:
     checkouts = {"ours": ROOT} | ({"peer": options.before.resolve()} if options.before else {})
     seconds: dict[str, list[float]] = {side: [] for side in checkouts}
     stages: list[dict[str, float]] = []
+    for side in checkouts:
+        # Each with files of its own, since what a checkout keeps beside shards is its own as well.
+        write_scenes(options.out / f"start-{side}" / "shards", options.scenes, 64)
     for turn in range(STARTS + 1):
         for side, checkout in checkouts.items():
-            # Each with files of its own, since what a checkout keeps beside shards is its own as well.
-            data = options.out / f"start-{side}"
-            if not turn:
-                shutil.rmtree(data, ignore_errors=True)
-                shutil.copytree(options.out / "shards", data / "shards", ignore=shutil.ignore_patterns(".diptych"))
-            seconds[side].append(first_step(checkout, data))
+            seconds[side].append(first_step(checkout, options.out / f"start-{side}"))
         stages.append(fresh(SIDES, [str(options.out), "--startup", str(time.time())]))
         print(f"start {turn}: " + ", ".join(f"{name} {value:.1f} s" for name, value in stages[-1].items()), flush=True)
     what, measured = "from the command to the first step, warm, 2 workers", {side: found[1:] for side, found in seconds.items()}
-    beside: dict[str, Any] = {}
-    if options.before:
-        beside = {"peer": f"ours at {commit(options.before)}", "peers": measured["peer"], "at_least": START_GOAL}
-    results.add(Row(what, "s", measured["ours"], less=True, headline=True, **beside))
+    former, goal = (f"ours at {commit(options.before)}", START_GOAL) if options.before else (None, None)
+    results.add(Row(what, "s", measured["ours"], former, measured.get("peer"), less=True, at_least=goal, headline=True))
     for name in stages[0]:
         if name != "all":
             results.add(Row(f"{what}: {name}", "s", [found[name] for found in stages[1:]], less=True))
